@@ -1,0 +1,80 @@
+"""Learn handwritten digits: the same loop, on any number of processes."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from data import loaders, network
+from torch import nn
+
+from accelerate import Accelerator
+from accelerate.utils import tqdm
+
+
+def train(
+    epochs: int, batch_size: int, folder: Path, resume: bool
+) -> tuple[float, int]:
+    accelerator = Accelerator()
+    torch.manual_seed(0)
+    train_loader, test_loader = loaders(batch_size)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 5e-3, total_steps=epochs * len(train_loader)
+    )
+    prepared = accelerator.prepare(
+        model, optimizer, scheduler, train_loader, test_loader
+    )
+    model, optimizer, scheduler, train_loader, test_loader = prepared
+    start = 0
+
+    if resume:
+        accelerator.load_state(folder / "checkpoint")
+        start = train_loader.iteration
+
+    for epoch in range(start, epochs):
+        model.train()
+        for images, labels in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+        accuracy, count = evaluate(model, test_loader, accelerator)
+        accelerator.print(f"epoch {epoch}: accuracy {accuracy:.2%} on {count} samples")
+        accelerator.save_state(folder / "checkpoint")
+
+    accelerator.save_model(model, folder)
+    accelerator.print(
+        f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.safetensors'}"
+    )
+    return accuracy, count
+
+
+def evaluate(model: nn.Module, loader, accelerator: Accelerator) -> tuple[float, int]:
+    model.eval()
+    right = count = 0
+    for images, labels in loader:
+        with torch.no_grad():
+            predictions = model(images).argmax(dim=1)
+        predictions, labels = accelerator.gather_for_metrics((predictions, labels))
+        right += (predictions == labels).sum().item()
+        count += len(labels)
+    return right / count, count
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--folder", type=Path, default=Path("output/digits"))
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint in the folder",
+    )
+    options = parser.parse_args()
+    train(options.epochs, options.batch_size, options.folder, options.resume)

@@ -1,0 +1,81 @@
+"""Learn handwritten digits: a plain PyTorch loop, for one process."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from data import loaders, network
+from torch import nn
+from tqdm.auto import tqdm
+
+
+def train(
+    epochs: int, batch_size: int, folder: Path, resume: bool
+) -> tuple[float, int]:
+    torch.manual_seed(0)
+    train_loader, test_loader = loaders(batch_size)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 5e-3, total_steps=epochs * len(train_loader)
+    )
+    start = 0
+
+    if resume:
+        state = torch.load(folder / "checkpoint.pt")
+        start = state["epoch"]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+
+    for epoch in range(start, epochs):
+        model.train()
+        for images, labels in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(model(images), labels)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+        accuracy, count = evaluate(model, test_loader)
+        print(f"epoch {epoch}: accuracy {accuracy:.2%} on {count} samples")
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+        }
+        torch.save({"epoch": epoch + 1, **state}, folder / "checkpoint.pt")
+
+    torch.save(model.state_dict(), folder / "model.pt")
+    print(
+        f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.pt'}"
+    )
+    return accuracy, count
+
+
+def evaluate(model: nn.Module, loader) -> tuple[float, int]:
+    model.eval()
+    right = count = 0
+    for images, labels in loader:
+        with torch.no_grad():
+            predictions = model(images).argmax(dim=1)
+        right += (predictions == labels).sum().item()
+        count += len(labels)
+    return right / count, count
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--folder", type=Path, default=Path("output/digits"))
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue from the last checkpoint in the folder",
+    )
+    options = parser.parse_args()
+    train(options.epochs, options.batch_size, options.folder, options.resume)

@@ -1,0 +1,187 @@
+"""Where everything in a checkpoint lies.
+
+Owns every file name this library writes or reads, the numbering of checkpoint folders, and which of them to
+remove. Pure: looks at names, never at a disk. Imports no torch.
+
+A checkpoint folder:
+
+    model.safetensors, model_1.safetensors     weights, one file per model (save_state)
+    model-00001-of-00003.safetensors,
+    model.safetensors.index.json               the same, when sharded (save_model)
+    pytorch_model.bin and its like             the same with safe_serialization=False
+    optimizer.json, optimizer_1.json           one state: its structure as JSON ...
+    optimizer.safetensors                      ... and its tensors, only if it has any
+    scheduler.json, scaler.json                as above
+    sampler.json                               epoch and shuffle seed of each loader
+    dl_state_dict_rank0.json                   position inside a stateful loader, one per rank
+    random_states_0.json                       random generators, one per rank
+    custom_checkpoint_0.json                   registered objects, in order of registration
+    accelerate_manifest.json                   written last: sizes and hashes of all of the above
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from ..core.errors import CheckpointError
+
+MODEL_NAME = "pytorch_model"
+SAFE_MODEL_NAME = "model"
+FSDP_MODEL_NAME = "pytorch_model_fsdp"
+OPTIMIZER_NAME = "optimizer"
+SCHEDULER_NAME = "scheduler"
+SAMPLER_NAME = "sampler"
+LOADER_NAME = "dl_state_dict"
+SCALER_NAME = "scaler.pt"
+SCALER_STEM = "scaler"
+RNG_STATE_NAME = "random_states"
+CUSTOM_NAME = "custom_checkpoint"
+
+WEIGHTS_NAME = "pytorch_model.bin"
+WEIGHTS_PATTERN_NAME = "pytorch_model{suffix}.bin"
+WEIGHTS_INDEX_NAME = "pytorch_model.bin.index.json"
+SAFE_WEIGHTS_NAME = "model.safetensors"
+SAFE_WEIGHTS_PATTERN_NAME = "model{suffix}.safetensors"
+SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
+
+MANIFEST_NAME = "accelerate_manifest.json"
+CHECKPOINTS_FOLDER = "checkpoints"
+SAVING_NAME = ".accelerate-saving"
+"""A folder being written. Whatever an earlier process left there is worthless."""
+COMMIT_NAME = ".accelerate-commit"
+"""A complete state inside an older one, on its way into place. It is the one that counts."""
+JOURNAL_NAME = "journal.json"
+REMOVING_PREFIX = ".accelerate-removing-"
+
+_CHECKPOINT = re.compile(r"checkpoint_(0|[1-9][0-9]*)")
+_NUMBER = r"(_[1-9][0-9]*)?"
+_SHARD = r"(-[0-9]{5}-of-[0-9]{5})?"
+_WEIGHTS = re.compile(
+    rf"(model|pytorch_model){_NUMBER}{_SHARD}\.(safetensors|bin)(\.index\.json)?"
+)
+_STATE = re.compile(
+    rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?"
+    r"|scaler|random_states_[0-9]+|custom_checkpoint_[0-9]+)\.(json|safetensors|bin|pkl|pt)"
+)
+
+
+class MissingFile(CheckpointError, FileNotFoundError):
+    """A file that a checkpoint should hold is not there."""
+
+
+def numbered(name: str, index: int) -> str:
+    """Return the name of the `index`-th object of a kind; the first one has no number."""
+    return name if index == 0 else f"{name}_{index}"
+
+
+def model_file(index: int, safe_serialization: bool = True) -> str:
+    """Return the file that holds the weights of model `index`."""
+    if safe_serialization:
+        return f"{numbered(SAFE_MODEL_NAME, index)}.safetensors"
+    return f"{numbered(MODEL_NAME, index)}.bin"
+
+
+def shard_file(file: str, number: int, count: int) -> str:
+    """Return the file of shard `number` (from 1) of `count` of the weights that would fit in `file` alone."""
+    if count == 1:
+        return file
+    stem, _, suffix = file.rpartition(".")
+    return f"{stem}-{number:05d}-of-{count:05d}.{suffix}"
+
+
+def index_file(file: str) -> str:
+    """Return the file that says which shard holds which tensor."""
+    return f"{file}.index.json"
+
+
+def rng_stem(rank: int) -> str:
+    """Return the stem under which the random generators of `rank` are kept."""
+    return f"{RNG_STATE_NAME}_{rank}"
+
+
+def loader_stem(index: int, rank: int) -> str:
+    """Return the stem under which `rank` keeps its position in stateful loader `index`."""
+    return f"{numbered(LOADER_NAME, index)}_rank{rank}"
+
+
+def custom_stem(index: int) -> str:
+    """Return the stem under which registered object `index` is kept."""
+    return f"{CUSTOM_NAME}_{index}"
+
+
+def state_files(stem: str) -> tuple[str, str]:
+    """Return the two files of one state: its structure, and its tensors."""
+    return f"{stem}.json", f"{stem}.safetensors"
+
+
+def custom_indices(names: Iterable[str]) -> set[int]:
+    """Return the numbers of the registered objects in a folder with these names, ours or the peer's."""
+    found = (
+        re.fullmatch(rf"{CUSTOM_NAME}_([0-9]+)\.(json|pkl)", name) for name in names
+    )
+    return {int(match.group(1)) for match in found if match}
+
+
+def is_weights(name: str) -> bool:
+    """Tell whether a file of this name holds model weights, or the index of their shards."""
+    return _WEIGHTS.fullmatch(name) is not None
+
+
+def is_checkpoint_file(name: str) -> bool:
+    """Tell whether a save of the whole state may have written a file of this name."""
+    return (
+        name == MANIFEST_NAME or is_weights(name) or _STATE.fullmatch(name) is not None
+    )
+
+
+def is_inside(name: str) -> bool:
+    """Tell whether a relative name read from a file stays inside its folder, links not considered."""
+    path = PurePosixPath(name)
+    plain = "\0" not in name and "\\" not in name and not re.match("[A-Za-z]:", name)
+    return (
+        bool(path.parts) and plain and not path.is_absolute() and ".." not in path.parts
+    )
+
+
+def is_file_name(name: str) -> bool:
+    """Tell whether a name read from a file is one of a file in the same folder."""
+    return is_inside(name) and len(PurePosixPath(name).parts) == 1
+
+
+def checkpoint_folder(project_dir: str | Path, iteration: int) -> Path:
+    """Return the folder that automatic naming gives to save number `iteration`."""
+    return Path(project_dir) / CHECKPOINTS_FOLDER / f"checkpoint_{iteration}"
+
+
+def checkpoint_number(name: str) -> int | None:
+    """Return the N of `checkpoint_N`, or None: any other folder is none of ours."""
+    match = _CHECKPOINT.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def newest_first(names: Iterable[str]) -> list[str]:
+    """Return the automatically named folders among `names`, highest number first."""
+    numbers = {
+        name: number
+        for name in names
+        if (number := checkpoint_number(name)) is not None
+    }
+    return sorted(numbers, key=lambda name: numbers[name], reverse=True)
+
+
+def plan_rotation(
+    names: Iterable[str], total_limit: int | None, newest: str
+) -> list[str]:
+    """Choose the folders to remove after a save, oldest first.
+
+    Args:
+        names: What lies beside the new folder, in any order; foreign names are ignored.
+        total_limit: How many to keep. None keeps all.
+        newest: The folder just written. It is kept, whatever its number.
+    """
+    if total_limit is None:
+        return []
+    others = [name for name in newest_first(names) if name != newest]
+    return others[max(total_limit - 1, 0) :][::-1]

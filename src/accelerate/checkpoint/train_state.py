@@ -1,0 +1,199 @@
+"""Everything of a run that is not weights: optimizers, schedulers, scaler, loaders, random generators, own objects.
+
+Owns the two files that one state becomes (its structure as JSON, its tensors as safetensors), and what is kept of
+a loader and of the random generators.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from ..core.errors import CheckpointError, explain
+from ..hardware import Hardware
+from . import durable, layout, legacy
+from .codec import decode, encode
+from .weights import read_safetensors, write_safetensors
+
+FORMAT = 1
+
+
+class _Document(msgspec.Struct, forbid_unknown_fields=True):
+    """The JSON file of one state."""
+
+    format: int
+    num_tensors: int
+    state: Any
+
+
+def write_state(folder: Path, stem: str, state: Any) -> None:
+    """Write one state as `<stem>.json` and, if it holds tensors, `<stem>.safetensors`.
+
+    Raises:
+        CheckpointError: If the state holds something that cannot be written; the message has its place.
+    """
+    tree, tensors = encode(state, stem)
+    structure, numbers = layout.state_files(stem)
+    if tensors:
+        write_safetensors(tensors, folder / numbers)
+    document = msgspec.json.encode(_Document(FORMAT, len(tensors), tree))
+    durable.write_file(folder / structure, document + b"\n")
+
+
+def has_state(folder: Path, stem: str) -> bool:
+    """Tell whether `folder` holds a state under `stem`, ours or one of Accelerate 1.x."""
+    return (folder / layout.state_files(stem)[0]).is_file() or legacy.peer_file(
+        folder, stem
+    ).is_file()
+
+
+def read_state(folder: Path, stem: str) -> Any:
+    """Read one state. Tensors come out on the CPU.
+
+    Raises:
+        MissingFile: If there is none.
+        CheckpointError: If it is damaged, or is a pickle that needs code to be read.
+    """
+    structure, numbers = (folder / name for name in layout.state_files(stem))
+    if not structure.is_file():
+        if legacy.peer_file(folder, stem).is_file():
+            return legacy.read_state(folder, stem)
+        raise layout.MissingFile(
+            explain(
+                f"{folder} holds no {stem}: {structure.name} is not there.",
+                remedy="Prepare what was prepared then.",
+            )
+        )
+    try:
+        document = msgspec.json.decode(structure.read_bytes(), type=_Document)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise CheckpointError(
+            explain(
+                f"{structure} is damaged: {error}", remedy="Use another checkpoint."
+            )
+        ) from error
+    if document.format > FORMAT:
+        raise CheckpointError(
+            explain(
+                f"{structure} has format {document.format}.", accepted=f"up to {FORMAT}"
+            )
+        )
+    tensors = read_safetensors(numbers) if document.num_tensors else {}
+    return decode(document.state, tensors, str(structure))
+
+
+def random_state(hardware: Hardware) -> dict[str, Any]:
+    """Return the states of all random generators of this process."""
+    state: dict[str, Any] = {
+        "random_state": random.getstate(),
+        "numpy_random_seed": np.random.get_state(),
+        "torch_manual_seed": torch.get_rng_state(),
+    }
+    if hardware.rng_key not in ("", *state):  # the CPU's own is there already
+        state[hardware.rng_key] = hardware.get_rng_state()
+    return state
+
+
+def set_random_state(
+    state: dict[str, Any], hardware: Hardware
+) -> tuple[list[str], list[str]]:
+    """Set the random generators of this process; return those that `state` lacks, and those it is wrong for."""
+    setters = {
+        "random_state": random.setstate,
+        "numpy_random_seed": np.random.set_state,
+        "torch_manual_seed": torch.set_rng_state,
+    }
+    if hardware.rng_key not in ("", *setters):
+        setters[hardware.rng_key] = hardware.set_rng_state
+    absent, failed = [], []
+    for name, setter in setters.items():
+        if name not in state:
+            absent.append(f"{name} (not in the checkpoint)")
+            continue
+        try:
+            setter(state[name])
+        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+            failed.append(f"{name} ({error})")
+    return absent, failed
+
+
+def load_random_state(
+    folder: Path, rank: int, saved_ranks: int | None, hardware: Hardware, strict: bool
+) -> Any:
+    """Restore the random generators of `rank`; return what the file says besides, such as the step of old files.
+
+    Args:
+        folder: The checkpoint.
+        rank: Whose generators.
+        saved_ranks: How many ranks saved, if known. A rank beyond these keeps its own state and says so.
+        hardware: What the rank computes on.
+        strict: Raise if a state that was saved cannot be restored; otherwise only say so.
+    """
+    stem = layout.rng_stem(rank)
+    if not has_state(folder, stem):
+        saved = "an unknown number of" if saved_ranks is None else str(saved_ranks)
+        _complain(
+            f"Rank {rank} keeps its own random state: {folder} was saved by {saved} ranks and holds none for it.",
+            strict and saved_ranks is not None and rank < saved_ranks,
+        )
+        return {}
+    state = read_state(folder, stem)
+    if not isinstance(state, dict):
+        raise CheckpointError(
+            explain(
+                f"{folder / stem} holds a {type(state).__name__}, not random states."
+            )
+        )
+    absent, failed = set_random_state(state, hardware)
+    if absent or failed:
+        # Absent ones were saved on another kind of device, which is no damage.
+        _complain(
+            f"Random states not restored on rank {rank}: {', '.join(absent + failed)}.",
+            strict and bool(failed),
+        )
+    return state
+
+
+def _complain(message: str, is_error: bool) -> None:
+    if is_error:
+        raise CheckpointError(
+            explain(
+                message, remedy="Pass strict=False to go on with other random numbers."
+            )
+        )
+    warnings.warn(message, stacklevel=3)
+
+
+def loader_state(loader: Any) -> dict[str, Any]:
+    """Return how often a prepared loader was iterated, and what its sampler shuffles with."""
+    state: dict[str, Any] = {"iteration": getattr(loader, "iteration", 0)}
+    sampler = _sampler(loader)
+    for name in ("epoch", "initial_seed"):
+        if type(value := getattr(sampler, name, None)) is int:
+            state[name] = value
+    if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
+        state["generator"] = generator.get_state()
+    return state
+
+
+def set_loader_state(loader: Any, state: dict[str, Any]) -> None:
+    """Let a prepared loader, and its sampler, go on from `state`."""
+    if hasattr(loader, "iteration"):
+        loader.iteration = state["iteration"]
+    sampler = _sampler(loader)
+    for name in ("epoch", "initial_seed"):
+        if name in state and hasattr(sampler, name):
+            setattr(sampler, name, state[name])
+    generator = getattr(sampler, "generator", None)
+    if "generator" in state and isinstance(generator, torch.Generator):
+        generator.set_state(state["generator"])
+
+
+def _sampler(loader: Any) -> Any:
+    return loader.get_sampler() if hasattr(loader, "get_sampler") else None

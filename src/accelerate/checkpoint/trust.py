@@ -1,0 +1,70 @@
+"""The one file that reads and writes pickles.
+
+Owns every call of `torch.save` and `torch.load`. Reading runs no code from the file: tensors, containers and
+numpy arrays are rebuilt, anything else is refused by name. Only a caller who passes `weights_only=False`
+himself gets more; nothing falls back to it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from ..core.errors import CheckpointError, explain
+
+# What an array of numbers is made of in a pickle; needed for numpy's random state in the peer's files.
+_NUMPY_PARTS: list[Any] = [
+    np._core.multiarray._reconstruct,  # pyright: ignore[reportAttributeAccessIssue]
+    np.ndarray,
+    np.dtype,
+    *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"),
+]
+
+
+def read_pickle(file: Path, map_location: Any = "cpu") -> Any:
+    """Read a file written by `torch.save`, running none of its code.
+
+    Raises:
+        CheckpointError: If the file is damaged, or holds anything but data.
+    """
+    try:
+        return load(file, map_location)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("\n", 1)[0]
+        raise CheckpointError(
+            explain(
+                f"{file} is refused: it is a pickle that holds more than tensors and plain values ({reason}).",
+                remedy="If you trust its author, read it with accelerate.utils.load(file, weights_only=False).",
+            )
+        ) from error
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            explain(f"{file} cannot be read: {error}", remedy="Use another checkpoint.")
+        ) from error
+
+
+def write_pickle(obj: Any, file: str | Path | IO[bytes]) -> None:
+    """Write `obj` with `torch.save`. For callers who asked for this format."""
+    if isinstance(file, (str, Path)):
+        # Opened here, because torch's own writer refuses names such as ".x".
+        with Path(file).open("wb") as stream:
+            torch.save(obj, stream)
+    else:
+        torch.save(obj, file)
+
+
+def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
+    """Read an object written by `save`.
+
+    Args:
+        f: Path or binary stream.
+        map_location: Where tensors go, as `torch.load` takes it.
+        **kwargs: Further arguments of `torch.load`. `weights_only` is True unless given.
+    """
+    kwargs.setdefault("weights_only", True)
+    with torch.serialization.safe_globals(_NUMPY_PARTS):
+        return torch.load(f, map_location=map_location, **kwargs)

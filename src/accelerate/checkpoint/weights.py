@@ -1,0 +1,353 @@
+"""Model weights in files that every tool reads.
+
+Owns writing a state dictionary as safetensors (or, when asked, as `torch.save` files), whole or in shards with an
+index; reading it back; and what happens to tensors that share memory: one of the names is written, the others
+are recorded in the file's metadata.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+import safetensors
+import safetensors.torch
+import torch
+
+from ..collectives.base import Collectives
+from ..core.errors import CheckpointError, WrongTypeError, explain
+from ..core.text import convert_file_size_to_int
+from ..runtime.state import current_or_single
+from . import durable, layout
+from .codec import STORABLE, is_plain_tensor
+from .commit import staged
+from .trust import load, read_pickle, write_pickle
+
+__all__ = ["load", "load_weights", "save", "save_model", "write_weights"]
+
+TIED_KEY = "tied"
+"""In a file's metadata: JSON of names not written -> the written name they share memory with."""
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def save_model(
+    state: Mapping[str, torch.Tensor],
+    folder: str | Path,
+    collectives: Collectives,
+    *,
+    max_shard_size: int | str = "10GB",
+    safe_serialization: bool = True,
+) -> None:
+    """Write the weights of one model into `folder`, in place of any that are there.
+
+    Called on all ranks; collective. Rank 0 writes, the others wait. Other files in `folder` stay.
+
+    Args:
+        state: Names and tensors; looked at on rank 0 only.
+        folder: Where to write. Created if needed.
+        collectives: How ranks tell each other of failures.
+        max_shard_size: Bytes per file at most, as a number or such as `"10GB"`. One larger tensor is not cut.
+        safe_serialization: Write safetensors; otherwise files of `torch.save`, which are pickles.
+
+    Raises:
+        CheckpointError: On all ranks, if writing failed on one. The old weights are there then.
+    """
+    limit = convert_file_size_to_int(max_shard_size)
+    with staged(Path(folder).expanduser(), collectives, stale=_weights_in) as staging:
+        if collectives.rank == 0:
+            write_weights(
+                state, staging / layout.model_file(0, safe_serialization), limit
+            )
+
+
+def _weights_in(folder: Path) -> Iterable[str]:
+    return [path.name for path in folder.iterdir() if layout.is_weights(path.name)]
+
+
+def write_weights(
+    state: Mapping[str, torch.Tensor], file: Path, max_shard_bytes: int | None = None
+) -> None:
+    """Write `state` to `file`, or to shards named after it and an index if it exceeds `max_shard_bytes`."""
+    safe = file.suffix == ".safetensors"
+    kept, tied = separate_tied(state) if safe else (dict(state), {})
+    plan = plan_shards(
+        {name: _size(tensor) for name, tensor in kept.items()}, max_shard_bytes
+    )
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(plan, start=1):
+        shard = file.with_name(layout.shard_file(file.name, number, len(plan)))
+        tensors = {name: kept[name] for name in names}
+        if safe:
+            write_safetensors(
+                tensors,
+                shard,
+                {name: source for name, source in tied.items() if source in tensors},
+            )
+        else:
+            write_pickle(tensors, shard)
+            durable.flush_file(shard)
+        weight_map.update(dict.fromkeys(names, shard.name))
+    if len(plan) > 1:
+        content = {
+            "metadata": {"total_size": sum(map(_size, kept.values()))},
+            "weight_map": weight_map,
+        }
+        text = msgspec.json.format(
+            msgspec.json.encode(content, order="deterministic"), indent=2
+        )
+        durable.write_file(file.with_name(layout.index_file(file.name)), text + b"\n")
+
+
+def plan_shards(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
+    """Divide names over files of at most `max_bytes`, in order; a larger one gets a file of its own."""
+    shards: list[list[str]] = [[]]
+    used = 0
+    for name, size in sizes.items():
+        if max_bytes is not None and shards[-1] and used + size > max_bytes:
+            shards.append([])
+            used = 0
+        shards[-1].append(name)
+        used += size
+    return shards
+
+
+def separate_tied(
+    state: Mapping[str, torch.Tensor],
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Divide `state` into tensors to write, and names that show the very same tensor as an earlier name.
+
+    Raises:
+        CheckpointError: If something in `state` cannot stand in a safetensors file.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[tuple[Any, ...], str] = {}
+    for name, tensor in state.items():
+        _check_storable(name, tensor)
+        place = alias_key(tensor)
+        if place is not None and place in first:
+            tied[name] = first[place]
+            continue
+        kept[name] = tensor
+        if place is not None:
+            first[place] = name
+    return kept, tied
+
+
+def alias_key(tensor: torch.Tensor) -> tuple[Any, ...] | None:
+    """Return what two tensors have in common iff they are the same numbers in memory; None for no numbers."""
+    if not is_plain_tensor(tensor) or tensor.numel() == 0:
+        return None
+    return (
+        tensor.device,
+        tensor.data_ptr(),
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.dtype,
+    )
+
+
+def _check_storable(name: str, tensor: Any) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        problem = f"{name!r} is a {type(tensor).__name__}, not a tensor"
+    elif tensor.is_meta:
+        problem = f"{name!r} has no numbers: it is on the meta device"
+    elif not is_plain_tensor(tensor) or tensor.dtype not in STORABLE:
+        problem = f"{name!r} ({type(tensor).__name__} of {tensor.dtype}, {tensor.layout}) has no safetensors form"
+    else:
+        return
+    raise CheckpointError(
+        explain(
+            f"The weights cannot be written: {problem}.",
+            remedy="Convert it first, or leave it out of the state.",
+        )
+    )
+
+
+def _size(tensor: Any) -> int:
+    return (
+        tensor.numel() * tensor.element_size()
+        if isinstance(tensor, torch.Tensor)
+        else 0
+    )
+
+
+def write_safetensors(
+    tensors: Mapping[str, torch.Tensor],
+    file: Path,
+    tied: Mapping[str, str] | None = None,
+) -> None:
+    """Write one safetensors file and wait until it is on the disk."""
+    safetensors.torch.save_file(own_memory(tensors), file, metadata=_metadata(tied))
+    durable.flush_file(file)
+
+
+def _metadata(tied: Mapping[str, str] | None) -> dict[str, str]:
+    return {"format": "pt"} | (
+        {TIED_KEY: msgspec.json.encode(dict(tied)).decode()} if tied else {}
+    )
+
+
+def own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors laid out as a file wants them; those that show memory of another one are copied."""
+    result: dict[str, torch.Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for name, tensor in tensors.items():
+        content = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        storage = (content.device, content.untyped_storage().data_ptr())
+        result[name] = content.clone() if storage in seen else content
+        seen.add(storage)
+    return result
+
+
+def load_weights(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
+    """Read the weights of model `index` onto the CPU; safetensors files are preferred.
+
+    Raises:
+        MissingFile: If there are none.
+        CheckpointError: If a file is damaged, or an index names a file elsewhere.
+    """
+    for safe in (True, False):
+        file = folder / layout.model_file(index, safe)
+        if file.is_file():
+            return _read(file)
+        if file.with_name(layout.index_file(file.name)).is_file():
+            return _read_shards(file.with_name(layout.index_file(file.name)))
+    raise layout.MissingFile(
+        explain(
+            f"{folder} holds no weights of model {index}.",
+            accepted=f"{layout.model_file(index)} or {layout.model_file(index, False)}, or their shards with an index",
+            remedy="Prepare as many models as were saved.",
+        )
+    )
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    try:
+        names = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
+    except msgspec.DecodeError as error:
+        raise CheckpointError(
+            explain(f"{index} is damaged: {error}", remedy="Use another checkpoint.")
+        ) from error
+    state: dict[str, torch.Tensor] = {}
+    for shard in dict.fromkeys(names.values()):
+        file = index.parent / shard
+        if (
+            not layout.is_file_name(shard)
+            or file.resolve().parent != index.parent.resolve()
+        ):
+            raise CheckpointError(
+                explain(
+                    f"{index} names the shard {shard!r}, outside its folder.",
+                    remedy="Do not trust this checkpoint.",
+                )
+            )
+        if not file.is_file():
+            raise layout.MissingFile(
+                explain(f"{index} names the shard {shard!r}, which is not there.")
+            )
+        state.update(_read(file))
+    if missing := [name for name in names if name not in state]:
+        raise CheckpointError(
+            explain(
+                f"{index} names tensors that its shards do not hold: {', '.join(missing[:5])}."
+            )
+        )
+    return state
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    return (
+        read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+    )
+
+
+def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
+    """Read one safetensors file onto the CPU, with the names that share memory with a written one."""
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            # An open file is no mapping: its keys() have to be asked for.
+            state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            tied = (content.metadata() or {}).get(TIED_KEY, "{}")
+        names = msgspec.json.decode(tied, type=dict[str, str])
+    except (safetensors.SafetensorError, msgspec.DecodeError) as error:
+        raise CheckpointError(
+            explain(f"{file} is damaged: {error}", remedy="Use another checkpoint.")
+        ) from error
+    for name, source in names.items():
+        if source in state and name not in state:
+            state[name] = state[source]
+    return state
+
+
+def complete_tied(
+    state: dict[str, torch.Tensor], model: torch.nn.Module
+) -> dict[str, torch.Tensor]:
+    """Add the names that the model ties to one in `state`; other writers drop them without a record."""
+    names_of: dict[tuple[Any, ...], list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        place = alias_key(tensor) if isinstance(tensor, torch.Tensor) else None
+        if place is not None:
+            names_of.setdefault(place, []).append(name)
+    completed = dict(state)
+    for names in names_of.values():
+        source = next((name for name in names if name in state), None)
+        if source is not None:
+            completed.update(
+                {name: state[source] for name in names if name not in state}
+            )
+    return completed
+
+
+def save(
+    obj: Any,
+    f: str | Path | IO[bytes],
+    save_on_each_node: bool = False,
+    safe_serialization: bool = False,
+) -> None:
+    """Write `obj` once: on the main process, or on that of each node. Other processes return at once.
+
+    Args:
+        obj: Anything; with `safe_serialization`, names and tensors.
+        f: Path or binary stream. A path is replaced as a whole.
+        save_on_each_node: Let the first process of every node write. For disks that nodes do not share.
+        safe_serialization: Write a safetensors file; otherwise a `torch.save` file, which is a pickle.
+    """
+    process = current_or_single().process
+    if (process.local_rank if save_on_each_node else process.rank) != 0:
+        return
+    if not safe_serialization:
+        _write_to(f, lambda target: write_pickle(obj, target))
+        return
+    if not isinstance(obj, Mapping):
+        raise WrongTypeError(
+            explain(
+                f"A {type(obj).__name__} cannot be a safetensors file.",
+                accepted="a dictionary of names and tensors",
+            )
+        )
+    kept, tied = separate_tied(obj)
+    _write_to(f, lambda target: _save_safetensors(kept, tied, target))
+
+
+def _save_safetensors(
+    tensors: dict[str, torch.Tensor], tied: dict[str, str], target: Path | IO[bytes]
+) -> None:
+    if isinstance(target, Path):
+        write_safetensors(tensors, target, tied)
+    else:
+        target.write(
+            safetensors.torch.save(own_memory(tensors), metadata=_metadata(tied))
+        )
+
+
+def _write_to(f: str | Path | IO[bytes], write: Callable[[Any], None]) -> None:
+    if isinstance(f, (str, Path)):
+        durable.replace_file(Path(f).expanduser(), write)
+    else:
+        write(f)

@@ -1,0 +1,10 @@
+"""Ranks talking: leaf operations on one tensor or one object."""
+
+from __future__ import annotations
+
+from .base import Collectives
+from .checked import CheckedCollectives
+from .single import SingleProcess
+from .torch_dist import TorchCollectives
+
+__all__ = ["CheckedCollectives", "Collectives", "SingleProcess", "TorchCollectives"]

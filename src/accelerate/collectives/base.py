@@ -1,0 +1,62 @@
+"""What every way of talking between ranks offers.
+
+Leaf operations only: nested containers are walked above, in `runtime.ops`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+class Collectives(ABC):
+    """Operations that all ranks call together. Each blocks until the others have come."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    @abstractmethod
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the tensors of all ranks, joined along dimension 0 in order of rank.
+
+        Args:
+            tensor: Of the same shape and dtype on all ranks; without dimensions it counts as one row.
+        """
+
+    @abstractmethod
+    def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        """Overwrite `tensor` with that of rank `src`, and return it."""
+
+    @abstractmethod
+    def all_reduce(self, tensor: torch.Tensor, mean: bool = False) -> torch.Tensor:
+        """Overwrite `tensor` with the sum over all ranks, or the mean, and return it."""
+
+    @abstractmethod
+    def scatter(
+        self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0
+    ) -> torch.Tensor:
+        """Fill `output` with this rank's element of the list that rank `src` holds, and return it.
+
+        Args:
+            output: Where to receive, of the same shape and dtype on all ranks.
+            inputs: One tensor per rank, on rank `src`; `None` elsewhere.
+        """
+
+    @abstractmethod
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Return the objects of all ranks, in order of rank. They travel pickled, among trusted ranks."""
+
+    @abstractmethod
+    def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        """Return the object of rank `src`. It travels pickled, among trusted ranks."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return once every rank has come."""
+
+    def check(self, operation: str, data: Any) -> None:
+        """Compare `data` over the ranks before `operation`; only debug mode does."""
+        return None

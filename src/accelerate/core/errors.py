@@ -1,0 +1,86 @@
+"""The exceptions of this library.
+
+Every error a user can cause says four things: the value, where it came from, what is accepted and one
+thing to do. `explain` puts the four together; each class is also the built-in that callers would expect.
+
+    AccelerateError
+    ├── SettingError(ValueError)                 a setting has a wrong value, or two contradict each other
+    ├── WrongTypeError(TypeError)                an argument has a wrong type
+    ├── UnsupportedCombination(ValueError, NotImplementedError)
+    ├── MissingPackage(ImportError)              an optional package is needed and absent
+    ├── NotStarted(AttributeError)               the process-wide state is used before it exists
+    ├── DistributedOperationException            ranks disagree about a collective
+    ├── CheckpointError(RuntimeError)            a checkpoint cannot be written or read
+    └── LaunchError(RuntimeError)                processes cannot be started, or one of them failed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class AccelerateError(Exception):
+    """Base of all errors that this library raises on purpose."""
+
+
+class SettingError(AccelerateError, ValueError):
+    """A setting has a value that is not accepted, or contradicts another one."""
+
+
+class WrongTypeError(AccelerateError, TypeError):
+    """An argument has a type that is not accepted."""
+
+
+class UnsupportedCombination(AccelerateError, ValueError, NotImplementedError):
+    """Settings that are fine alone cannot work together, or their engine is not here."""
+
+
+class MissingPackage(AccelerateError, ImportError):
+    """A setting needs an optional package that is not installed."""
+
+
+class NotStarted(AccelerateError, AttributeError):
+    """Process-wide state is used before it was created, or after it was reset."""
+
+
+class DistributedOperationException(AccelerateError):
+    """Ranks called the same collective with tensors that do not fit together."""
+
+
+class CheckpointError(AccelerateError, RuntimeError):
+    """A checkpoint could not be written completely, or what is there cannot be loaded."""
+
+
+class LaunchError(AccelerateError, RuntimeError):
+    """Processes could not be started, or one of them failed."""
+
+
+def explain(
+    problem: str, *, accepted: Iterable[object] | str | None = None, remedy: str = ""
+) -> str:
+    """Join the parts of an error message into one paragraph.
+
+    Args:
+        problem: The value, what is wrong with it, and where it came from.
+        accepted: What would have been accepted: a phrase, or the values to list.
+        remedy: One thing to do.
+    """
+    lines = [problem]
+    if accepted is not None:
+        text = (
+            accepted
+            if isinstance(accepted, str)
+            else ", ".join(repr(item) for item in accepted)
+        )
+        lines.append(f"Accepted: {text}.")
+    if remedy:
+        lines.append(remedy)
+    return "\n".join(lines)
+
+
+def nearest(word: str, candidates: Iterable[str]) -> str:
+    """Return `" Did you mean 'x'?"` for the closest candidate, or an empty string."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(candidates), n=1)
+    return f" Did you mean {found[0]!r}?" if found else ""

@@ -1,0 +1,35 @@
+"""Resolve a module's public names on first use.
+
+Owns the `__getattr__` behind `accelerate` and `accelerate.utils`, so that importing them loads nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def lazy_names(
+    module: str, table: Mapping[str, str], namespace: dict[str, Any]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Make `__getattr__` and `__dir__` for a module whose names live elsewhere (PEP 562).
+
+    Args:
+        module: The `__name__` of the module that offers the names.
+        table: Public name -> the module that defines it, relative to `accelerate` (`"session.state"`).
+        namespace: The `globals()` of the offering module; a resolved name is kept there.
+    """
+
+    def __getattr__(name: str) -> Any:
+        home = table.get(name)
+        if home is None:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        value = getattr(importlib.import_module(f"accelerate.{home}"), name)
+        namespace[name] = value
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*namespace, *table})
+
+    return __getattr__, __dir__

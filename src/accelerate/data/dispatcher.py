@@ -1,0 +1,373 @@
+"""The loader `prepare` returns when rank 0 reads for all.
+
+Owns the protocol between rank 0 and the others; how batches are cut is in `data.cutting`, how they become bytes in
+`data.packing`.
+
+[Note: the protocol]
+A pass begins with an announcement, an object broadcast from rank 0: the layout of the messages to come, `None` when
+there is no batch at all, or a `Failure`. Then each step is one scatter of equal byte buffers. Each buffer begins
+with a header that says what comes next: a message of the same layout, another announcement, or nothing, because
+this was the last batch. So a steady step costs one collective, whatever the batch holds. Rank 0 reads one batch
+ahead to know. An error while reading is announced like a layout; every rank raises it at the same step.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from ..core.errors import AccelerateError, explain
+from ..runtime import state
+from ..runtime.accumulation import GradientState
+from ..runtime.partial_state import PartialState
+from ..runtime.state import Runtime
+from .cutting import Cutter, count_rows
+from .loader import DataLoaderAdapter, DataLoaderStateMixin, known_batch_size, placement
+from .packing import Layout, allocate, pack, read_header, unpack
+from .shards import mesh_data_shard
+
+SAME, ANNOUNCED, LAST = 0, 1, 2
+"""What a header says comes next."""
+
+
+class DispatchError(AccelerateError, RuntimeError):
+    """Rank 0 could not read the next batch. Raised on all ranks, at the same step."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An error on rank 0, on its way to the others."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One global step on rank 0: what each data shard gets."""
+
+    pieces: list[Any]
+    layouts: list[Layout]
+    tensors: list[list[torch.Tensor]]
+    observed: int
+
+
+class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
+    """A loader that reads on rank 0 and sends each process its slice.
+
+    All processes must iterate it together; each step is collective.
+
+    Args:
+        dataset: What to load from. Only rank 0's is read.
+        split_batches: Cut each batch into parts, in place of joining one batch for each process and cutting that.
+        skip_batches: How many steps to leave out, in every pass.
+        use_stateful_dataloader: Use torchdata's `StatefulDataLoader`.
+        slice_fn: Cuts a batch, called as `slice_fn(batch, slice, process_index=i, num_processes=n)` on rank 0 for
+            each process; by default rows of dimension 0.
+        torch_device_mesh: A mesh; processes that differ along tp, cp, sp or pp only get the same slice.
+        iteration: The number of the first pass.
+        **kwargs: Further arguments of `torch.utils.data.DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        split_batches: bool = False,
+        skip_batches: int = 0,
+        use_stateful_dataloader: bool = False,
+        _drop_last: bool = False,
+        _non_blocking: bool = False,
+        slice_fn: Callable[..., Any] | None = None,
+        torch_device_mesh: Any = None,
+        iteration: int = 0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            dataset, use_stateful_dataloader=use_stateful_dataloader, **kwargs
+        )
+        self.split_batches = split_batches
+        self.skip_batches = skip_batches
+        self.gradient_state = GradientState()
+        self.slice_fn = slice_fn
+        self.torch_device_mesh = torch_device_mesh
+        self.iteration = iteration
+        self._drop_last = _drop_last
+        self._non_blocking = _non_blocking
+
+    @property
+    def state(self) -> PartialState:
+        """Who this process is."""
+        return PartialState()
+
+    @property
+    def submesh_tp(self) -> Any:
+        """The mesh's axis of tensor parallelism, or `None`."""
+        return self._submesh("tp")
+
+    @property
+    def submesh_dp(self) -> Any:
+        """The mesh's axis `dp`, or `None`."""
+        return self._submesh("dp")
+
+    @property
+    def submesh_fsdp(self) -> Any:
+        """The mesh's axis `fsdp`, or `None`."""
+        return self._submesh("fsdp")
+
+    def _submesh(self, axis: str) -> Any:
+        mesh = self.torch_device_mesh
+        return (
+            mesh[axis]
+            if mesh is not None and axis in (mesh.mesh_dim_names or ())
+            else None
+        )
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        runtime = state.current_or_single()
+        self.begin()
+        self.set_epoch(self.iteration)
+        place = placement(runtime.device, self._non_blocking)
+        try:
+            for batch, next_comes, observed in self._steps(runtime):
+                if next_comes == LAST:
+                    self.end_of_dataloader = True
+                    self.remainder = observed
+                yield batch if place is None else place(batch)
+        except GeneratorExit:
+            self._left_early += 1  # the loop was broken off; it stays the active loader until it begins again
+            raise
+        except BaseException:
+            self.end()
+            raise
+        self.iteration += 1
+        self.adjust_state_dict_for_prefetch()
+        self.end()
+
+    def _steps(self, runtime: Runtime) -> Iterator[tuple[Any, int, int]]:
+        shard_of = _shards_of_ranks(runtime.process.world_size, self.torch_device_mesh)
+        if len(shard_of) == 1:
+            return self._read_alone()
+        if runtime.process.rank == 0:
+            return self._serve(runtime, shard_of)
+        return self._receive(runtime)
+
+    def _read_alone(self) -> Iterator[tuple[Any, int, int]]:
+        """One process: only look one ahead."""
+        cutter = Cutter(
+            count=1, split=True, drop_last=self._drop_last, slice_fn=self.slice_fn
+        )
+        batches = islice(iter(self.base_dataloader), self._batches_to_skip(), None)
+        current = next(batches, None)
+        while current is not None:
+            self.adjust_state_dict_for_prefetch()
+            following = next(batches, None)
+            rows = count_rows(current) if following is None else None
+            piece = current if self.slice_fn is None else cutter.cut([current])[0][0]
+            yield (
+                piece,
+                SAME if following is not None else LAST,
+                -1 if rows is None else rows,
+            )
+            current = following
+
+    def _serve(
+        self, runtime: Runtime, shard_of: list[int]
+    ) -> Iterator[tuple[Any, int, int]]:
+        """Rank 0. See [Note: the protocol]."""
+        collectives, own = runtime.collectives, shard_of[0]
+        # Where batches need no transfer, rank 0 keeps its own piece.
+        received_here = placement(runtime.device, False) is not None
+        steps = self._read_steps(max(shard_of) + 1)
+        announced: list[Layout] | None = None
+        step, error = _next_step(steps)
+        while step is not None:
+            if step.layouts != announced:
+                announced = step.layouts
+                collectives.broadcast_object([announced[shard] for shard in shard_of])
+            self.adjust_state_dict_for_prefetch()
+            following, error = _next_step(steps)
+            if following is None and error is None:
+                header = (LAST, step.observed)
+            else:
+                header = (
+                    SAME
+                    if following is not None and following.layouts == announced
+                    else ANNOUNCED,
+                    -1,
+                )
+            message = self._send(
+                runtime, step, header, shard_of, keep=not received_here
+            )
+            yield (
+                (
+                    unpack(message, step.layouts[own])
+                    if received_here
+                    else step.pieces[own]
+                ),
+                header[0],
+                header[1],
+            )
+            step = following
+        if error is not None:
+            failure = Failure("".join(traceback.format_exception(error)))
+            collectives.broadcast_object(failure)
+            raise _dispatch_error(failure) from error
+        if announced is None:
+            collectives.broadcast_object(None)
+
+    def _send(
+        self,
+        runtime: Runtime,
+        step: _Step,
+        header: tuple[int, int],
+        shard_of: list[int],
+        *,
+        keep: bool,
+    ) -> torch.Tensor:
+        """Scatter one step; return what rank 0 got. With `keep` it has its piece already and sends itself nothing."""
+        device = runtime.device
+        size = max(layout.num_bytes for layout in step.layouts)
+        wanted = set(shard_of[1:] if keep else shard_of)
+        packed = {
+            shard: pack(header, step.tensors[shard], size, device) for shard in wanted
+        }
+        messages = [packed[shard] for shard in shard_of[1:]]
+        own = allocate(size, device) if keep else packed[shard_of[0]]
+        return runtime.collectives.scatter(allocate(size, device), [own, *messages])
+
+    def _receive(self, runtime: Runtime) -> Iterator[tuple[Any, int, int]]:
+        """Every other rank. See [Note: the protocol]."""
+        collectives, rank = runtime.collectives, runtime.process.rank
+        next_comes, layout, size = ANNOUNCED, None, 0
+        while next_comes != LAST:
+            if next_comes == ANNOUNCED:
+                news: list[Layout] | Failure | None = collectives.broadcast_object(None)
+                if isinstance(news, Failure):
+                    raise _dispatch_error(news)
+                if news is None:
+                    return
+                layout, size = news[rank], max(layout.num_bytes for layout in news)
+            assert layout is not None  # the first header is preceded by an announcement
+            message = collectives.scatter(allocate(size, runtime.device), None)
+            next_comes, observed = read_header(message)
+            yield unpack(message, layout), next_comes, observed
+
+    def adjust_state_dict_for_prefetch(self) -> None:
+        """Take the state for resuming before a batch is read ahead; only rank 0 reads, and only it has one."""
+        if state.current_or_single().process.rank == 0:
+            super().adjust_state_dict_for_prefetch()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the place in the current pass, counting only batches that the loop was given; empty but on rank 0."""
+        return (
+            super().state_dict() if state.current_or_single().process.rank == 0 else {}
+        )
+
+    @property
+    def _num_shards(self) -> int:
+        return (
+            max(
+                _shards_of_ranks(
+                    state.current_or_single().process.world_size, self.torch_device_mesh
+                )
+            )
+            + 1
+        )
+
+    def _read_steps(self, count: int) -> Iterator[_Step]:
+        """Read and cut batches for `count` data shards, leaving out the steps to skip."""
+        cutter = Cutter(
+            count=count,
+            split=self.split_batches,
+            drop_last=self._drop_last,
+            slice_fn=self.slice_fn,
+        )
+        batches = iter(self.base_dataloader)
+        number, skipped = 0, self._batches_to_skip()
+        while group := list(islice(batches, 1 if self.split_batches else count)):
+            cutter.remember_opening(group)
+            number += 1
+            if number <= skipped or (
+                self._drop_last and not self.split_batches and len(group) < count
+            ):
+                continue
+            pieces, observed = cutter.cut(group)
+            if pieces:
+                described = [Layout.describe(piece) for piece in pieces]
+                yield _Step(
+                    pieces,
+                    [layout for layout, _ in described],
+                    [tensors for _, tensors in described],
+                    observed,
+                )
+
+    def __len__(self) -> int:
+        length = super().__len__()
+        if not self.split_batches:
+            length = (
+                length // self._num_shards
+                if self._drop_last
+                else -(-length // self._num_shards)
+            )
+        return max(0, length - self.skip_batches)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make `epoch` the number of the next pass, for samplers and datasets whose order depends on it."""
+        self.iteration = epoch
+        self._set_samplers_epoch(epoch)
+
+    @property
+    def total_batch_size(self) -> int:
+        """Number of samples all processes get in one step.
+
+        Raises:
+            SettingError: (a `ValueError`) if batches have no fixed size.
+        """
+        size = (
+            self.batch_size
+            if self.batch_size is not None
+            else getattr(self.index_sampler, "batch_size", None)
+        )
+        return known_batch_size(size, self.index_sampler) * (
+            1 if self.split_batches else self._num_shards
+        )
+
+    @property
+    def total_dataset_length(self) -> int:
+        """Number of samples in the dataset."""
+        dataset: Any = self.dataset
+        return len(dataset)
+
+
+def _shards_of_ranks(world_size: int, mesh: Any) -> list[int]:
+    """Return, for each rank, the data shard it gets."""
+    if mesh is None or not mesh.mesh_dim_names:
+        return list(range(world_size))
+    shards = [0] * world_size
+    for coordinate in (mesh.mesh >= 0).nonzero().tolist():
+        rank = int(mesh.mesh[tuple(coordinate)])
+        shards[rank] = mesh_data_shard(
+            mesh.mesh_dim_names, tuple(mesh.mesh.shape), coordinate
+        )[0]
+    return shards
+
+
+def _next_step(steps: Iterator[_Step]) -> tuple[_Step | None, Exception | None]:
+    try:
+        return next(steps, None), None
+    except Exception as error:  # noqa: BLE001 - any error of a dataset; told to all ranks, then raised on each
+        return None, error
+
+
+def _dispatch_error(failure: Failure) -> DispatchError:
+    return DispatchError(
+        explain(
+            "Rank 0 could not read the next batch for all ranks (dispatch_batches is on). What it raised:\n"
+            + failure.text.rstrip(),
+            remedy="Correct the dataset or collate_fn, or let each rank read for itself with dispatch_batches=False.",
+        )
+    )

@@ -1,0 +1,171 @@
+"""A batch as one buffer of bytes, and back.
+
+Owns the layout of a message of the dispatcher. Never talks to other ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+HEADER_BYTES = 16
+"""Two integers of 64 bits. Tensors follow, widest elements first, so that each begins at a multiple of its width."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor stood: one of dense numbers, so that its bytes are all of it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of its bytes."""
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+class Constant:
+    """A leaf that is not sent as bytes but within the layout."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Constant):
+            return NotImplemented
+        mine, theirs = self.value, other.value
+        # Only these are known to compare to a plain truth; anything else is sent anew each time.
+        return (
+            type(mine) is type(theirs)
+            and isinstance(mine, (str, bytes, bool, int, float, type(None)))
+            and mine == theirs
+        )
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
+
+
+@dataclass(frozen=True)
+class Container:
+    """A list, tuple or mapping, with what it holds."""
+
+    kind: type
+    keys: tuple[Any, ...] | None
+    items: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The structure of a batch, the order of its tensors in the buffer, and all leaves that are not tensors."""
+
+    root: Slot | Constant | Container
+    order: tuple[int, ...]
+    num_bytes: int
+
+    @staticmethod
+    def describe(batch: Any) -> tuple[Layout, list[torch.Tensor]]:
+        """Return the layout of a batch, and its tensors in the order in which they are sent."""
+        slots: list[Slot] = []
+        tensors: list[torch.Tensor] = []
+        root = _describe(batch, slots, tensors)
+        order = tuple(
+            sorted(range(len(slots)), key=lambda place: -slots[place].dtype.itemsize)
+        )
+        size = HEADER_BYTES + sum(slot.num_bytes for slot in slots)
+        return Layout(root, order, size), [tensors[place] for place in order]
+
+
+def _describe(
+    data: Any, slots: list[Slot], tensors: list[torch.Tensor]
+) -> Slot | Constant | Container:
+    if (
+        type(data) is torch.Tensor
+        and data.layout is torch.strided
+        and not data.is_quantized
+    ):
+        slot = Slot(data.dtype, tuple(data.shape))
+        slots.append(slot)
+        tensors.append(data)
+        return slot
+    if isinstance(data, (list, tuple)):
+        return Container(
+            type(data), None, tuple([_describe(item, slots, tensors) for item in data])
+        )
+    if isinstance(data, Mapping):
+        items = tuple([_describe(item, slots, tensors) for item in data.values()])
+        return Container(type(data), tuple(data.keys()), items)
+    return Constant(data)
+
+
+def _slots(node: Slot | Constant | Container) -> Iterator[Slot]:
+    if isinstance(node, Slot):
+        yield node
+    elif isinstance(node, Container):
+        for item in node.items:
+            yield from _slots(item)
+
+
+def _build(node: Slot | Constant | Container, tensors: Iterator[torch.Tensor]) -> Any:
+    if isinstance(node, Slot):
+        return next(tensors)
+    if isinstance(node, Constant):
+        return node.value
+    items = [_build(item, tensors) for item in node.items]
+    if node.keys is not None:
+        mapping = dict(zip(node.keys, items, strict=True))
+        return mapping if node.kind is dict else node.kind(mapping)
+    if node.kind is list:
+        return items
+    return (
+        node.kind(*items)
+        if issubclass(node.kind, tuple) and hasattr(node.kind, "_fields")
+        else node.kind(items)
+    )
+
+
+def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
+    """Make room for a message."""
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
+
+
+def pack(
+    header: tuple[int, int],
+    tensors: list[torch.Tensor],
+    num_bytes: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """Write a message of `num_bytes`, which may be more than these tensors need."""
+    parts = [torch.tensor(header, dtype=torch.int64), *tensors]
+    if any(part.device != parts[0].device for part in parts):
+        parts = [part.to(device) for part in parts]
+    flat = [part.detach().reshape(-1).view(torch.uint8) for part in parts]
+    missing = num_bytes - sum(part.numel() for part in flat)
+    if missing:
+        flat.append(flat[0].new_empty(missing))
+    return torch.cat(flat).to(device)
+
+
+def read_header(message: torch.Tensor) -> tuple[int, int]:
+    """Return the two integers at the beginning of a message."""
+    first, second = message[:HEADER_BYTES].view(torch.int64).tolist()
+    return first, second
+
+
+def unpack(message: torch.Tensor, layout: Layout) -> Any:
+    """Return the batch in a message. Its tensors share the memory of the message."""
+    slots = list(_slots(layout.root))
+    found: list[torch.Tensor] = [message] * len(slots)
+    start = HEADER_BYTES
+    for place in layout.order:
+        slot = slots[place]
+        found[place] = (
+            message[start : start + slot.num_bytes].view(slot.dtype).view(slot.shape)
+        )
+        start += slot.num_bytes
+    return _build(layout.root, iter(found))

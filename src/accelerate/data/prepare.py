@@ -1,0 +1,268 @@
+"""From a loader to a sharded loader.
+
+Owns the choice between reading on every rank and on rank 0, and what random generators ranks share. Called by
+`parallel` and by users; never iterates anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+
+from ..core.enums import RNGType
+from ..core.errors import SettingError, UnsupportedCombination, explain
+from ..runtime import state
+from ..runtime.rng import check_rng_type
+from .dispatcher import DataLoaderDispatcher
+from .loader import (
+    DataLoaderShard,
+    index_sampler,
+    innermost_sampler,
+    replace_innermost_sampler,
+)
+from .samplers import BatchSamplerShard, IterableDatasetShard, SeedableRandomSampler
+from .shards import ShardPlan, mesh_data_shard
+
+
+def prepare_data_loader(
+    dataloader: DataLoader[Any],
+    device: torch.device | str | int | None = None,
+    num_processes: int | None = None,
+    process_index: int | None = None,
+    split_batches: bool = False,
+    put_on_device: bool = False,
+    rng_types: Sequence[str | RNGType] | None = None,
+    dispatch_batches: bool | None = None,
+    even_batches: bool = True,
+    slice_fn_for_dispatch: Callable[..., Any] | None = None,
+    use_seedable_sampler: bool = False,
+    data_seed: int | None = None,
+    non_blocking: bool = False,
+    use_stateful_dataloader: bool = False,
+    torch_device_mesh: Any = None,
+) -> DataLoader[Any]:
+    """Make a loader give this process its share of the data.
+
+    Args:
+        dataloader: The loader to share out. One that is prepared already is returned as it is.
+        device: Where batches go, with `put_on_device`.
+        num_processes: Among how many processes; by default all.
+        process_index: For which one; by default this one.
+        split_batches: The loader's batch size is that of all processes together, in place of each one.
+        put_on_device: Move batches to `device`.
+        rng_types: Which random generators to make equal on all processes at the start of each pass.
+        dispatch_batches: Read on rank 0 and send each process its slice; by default for iterable datasets whose
+            batches are moved to the device.
+        even_batches: Give all processes the same number of batches of the same size, topped up from the beginning.
+        slice_fn_for_dispatch: Cuts a batch where `dispatch_batches` is on, called as
+            `slice_fn(batch, slice, process_index=i, num_processes=n)`.
+        use_seedable_sampler: Where the loader shuffles, make the order depend on a seed and the epoch only.
+        data_seed: That seed; by default torch's initial seed.
+        non_blocking: Do not wait for copies from pinned memory to the device.
+        use_stateful_dataloader: Use torchdata's loader, which can save its place within a pass.
+        torch_device_mesh: A mesh; processes that differ along its axes tp, cp, sp or pp only read the same data.
+            It takes the place of `num_processes` and `process_index`.
+
+    Returns:
+        A `DataLoaderShard`, or with dispatching a `DataLoaderDispatcher`.
+
+    Raises:
+        SettingError: (a `ValueError`) if the batch size cannot be split, or arguments contradict each other.
+        MissingPackage: (an `ImportError`) if torchdata is needed and absent.
+    """
+    if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
+        return dataloader
+    iterable = isinstance(dataloader.dataset, IterableDataset)
+    if dispatch_batches is None:
+        dispatch_batches = iterable and put_on_device
+    if dispatch_batches and not put_on_device:
+        raise UnsupportedCombination(
+            explain(
+                "dispatch_batches=True needs put_on_device=True, which is False: slices are sent from device to device.",
+                accepted="dispatch_batches=True with put_on_device=True, or dispatch_batches=False",
+                remedy="Pass device_placement=True to Accelerator or prepare, or dispatch_batches=False.",
+            )
+        )
+    index, count = _data_shard(num_processes, process_index, torch_device_mesh)
+    if use_seedable_sampler:
+        _make_seedable(dataloader, data_seed)
+    common = {
+        "use_stateful_dataloader": use_stateful_dataloader,
+        "_drop_last": dataloader.drop_last
+        or getattr(dataloader.batch_sampler, "drop_last", False),
+        "_non_blocking": non_blocking,
+        "torch_device_mesh": torch_device_mesh,
+    }
+    if dispatch_batches:
+        if split_batches:
+            ShardPlan(
+                count=count, batch_size=_batch_size(dataloader), split=True
+            ).check()
+        return DataLoaderDispatcher(
+            split_batches=split_batches,
+            slice_fn=slice_fn_for_dispatch,
+            **common,
+            **loader_arguments(dataloader),
+        )
+    generator = None
+    if count > 1:
+        generator, rng_types = _shared_generator(dataloader, rng_types)
+    elif rng_types is not None:
+        rng_types = [
+            kind for kind in rng_types if check_rng_type(kind) is not RNGType.GENERATOR
+        ]
+    return DataLoaderShard(
+        device=device if put_on_device else None,
+        rng_types=rng_types,
+        synchronized_generator=generator,
+        **common,
+        **_sharded_arguments(dataloader, index, count, split_batches, even_batches),
+    )
+
+
+def get_sampler(dataloader: DataLoader[Any]) -> Any:
+    """Return the sampler at the bottom of a loader, under everything that batches and shards."""
+    return innermost_sampler(index_sampler(dataloader))
+
+
+_COPIED = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "generator",
+    "persistent_workers",
+    "pin_memory_device",
+    "in_order",
+)
+
+
+def loader_arguments(dataloader: DataLoader[Any]) -> dict[str, Any]:
+    """Return the arguments that make a loader like this one, over the same dataset and samplers."""
+    arguments = {
+        "dataset": dataloader.dataset,
+        **{name: getattr(dataloader, name) for name in _COPIED},
+    }
+    if dataloader.num_workers > 0:
+        arguments["prefetch_factor"] = dataloader.prefetch_factor
+        arguments["multiprocessing_context"] = dataloader.multiprocessing_context
+    if isinstance(dataloader.dataset, IterableDataset):
+        arguments.update(
+            batch_size=dataloader.batch_size, drop_last=dataloader.drop_last
+        )
+    elif dataloader.batch_sampler is not None:
+        arguments["batch_sampler"] = dataloader.batch_sampler
+    else:
+        arguments.update(batch_size=None, sampler=dataloader.sampler)
+    return arguments
+
+
+def _sharded_arguments(
+    dataloader: DataLoader[Any],
+    index: int,
+    count: int,
+    split_batches: bool,
+    even_batches: bool,
+) -> dict[str, Any]:
+    arguments = loader_arguments(dataloader)
+    if count == 1:
+        return arguments
+    if isinstance(dataloader.dataset, IterableDataset):
+        size = dataloader.batch_size
+        arguments["dataset"] = IterableDatasetShard(
+            dataloader.dataset,
+            # Where the dataset makes its batches itself, each of its items is one.
+            batch_size=1 if size is None else size,
+            drop_last=dataloader.drop_last,
+            num_processes=count,
+            process_index=index,
+            split_batches=split_batches,
+        )
+        if split_batches and size is not None:
+            arguments["batch_size"] = size // count
+        return arguments
+    key = "sampler" if dataloader.batch_sampler is None else "batch_sampler"
+    arguments[key] = BatchSamplerShard(
+        arguments[key],
+        num_processes=count,
+        process_index=index,
+        split_batches=split_batches,
+        even_batches=even_batches,
+    )
+    return arguments
+
+
+def _batch_size(dataloader: DataLoader[Any]) -> int | None:
+    if dataloader.batch_size is not None:
+        return dataloader.batch_size
+    return getattr(index_sampler(dataloader), "batch_size", None)
+
+
+def _data_shard(
+    num_processes: int | None, process_index: int | None, mesh: Any
+) -> tuple[int, int]:
+    if mesh is not None and mesh.mesh_dim_names:
+        coordinate = mesh.get_coordinate()
+        if coordinate is None:
+            raise SettingError(
+                explain(
+                    "This process is not part of torch_device_mesh.",
+                    accepted="meshes that contain every process that loads data",
+                    remedy="Build the mesh over all ranks, or prepare the loader on its members only.",
+                )
+            )
+        return mesh_data_shard(mesh.mesh_dim_names, tuple(mesh.mesh.shape), coordinate)
+    process = state.current_or_single().process
+    index = process.rank if process_index is None else process_index
+    count = process.world_size if num_processes is None else num_processes
+    ShardPlan(index=index, count=count).check()
+    return index, count
+
+
+def _make_seedable(dataloader: DataLoader[Any], data_seed: int | None) -> None:
+    sampler = get_sampler(dataloader)
+    if type(sampler) is not RandomSampler:
+        return
+    seedable = SeedableRandomSampler(
+        sampler.data_source,
+        replacement=sampler.replacement,
+        num_samples=sampler._num_samples,
+        generator=sampler.generator,
+        data_seed=data_seed,
+    )
+    replace_innermost_sampler(dataloader, seedable)
+
+
+def _shared_generator(
+    dataloader: DataLoader[Any], rng_types: Sequence[str | RNGType] | None
+) -> tuple[torch.Generator | None, Sequence[str | RNGType] | None]:
+    """Return the generator that decides the order of samples, and the types of generators to synchronise.
+
+    A sampler without a generator gets one, seeded from torch's global one, so that what else a rank draws from
+    that does not change its order. It stays without one when ranks are asked to share the global one itself.
+    """
+    kinds = [check_rng_type(kind) for kind in rng_types or ()]
+    source: Any = (
+        dataloader.dataset
+        if isinstance(dataloader.dataset, IterableDataset)
+        else get_sampler(dataloader)
+    )
+    generator = getattr(source, "generator", None)
+    if (
+        generator is None
+        and source is not dataloader.dataset
+        and hasattr(source, "generator")
+        and (RNGType.TORCH not in kinds or RNGType.GENERATOR in kinds)
+    ):
+        generator = torch.Generator()
+        generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
+        source.generator = generator
+    if not isinstance(generator, torch.Generator):
+        return None, None if rng_types is None else [
+            kind for kind in kinds if kind is not RNGType.GENERATOR
+        ]
+    return generator, rng_types

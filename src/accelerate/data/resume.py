@@ -1,0 +1,135 @@
+"""Loaders without their first batches, for continuing in the middle of an epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from ..core.errors import SettingError, explain
+from ..runtime.accumulation import GradientState
+from .dispatcher import DataLoaderDispatcher
+from .loader import DataLoaderAdapter, DataLoaderShard, DataLoaderStateMixin
+from .prepare import loader_arguments
+from .samplers import SkipBatchSampler
+
+
+class SkipDataLoader(DataLoaderAdapter, DataLoaderStateMixin):
+    """A loader that reads its first batches and leaves them out, where a sampler cannot skip them.
+
+    Args:
+        dataset: What to load from.
+        skip_batches: How many batches to leave out, in every pass.
+        use_stateful_dataloader: Use torchdata's `StatefulDataLoader`.
+        **kwargs: Further arguments of `torch.utils.data.DataLoader`.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        skip_batches: int = 0,
+        use_stateful_dataloader: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            dataset, use_stateful_dataloader=use_stateful_dataloader, **kwargs
+        )
+        self.skip_batches = skip_batches
+        self.gradient_state = GradientState()
+
+    def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        for batch in islice(iter(self.base_dataloader), self._batches_to_skip(), None):
+            self.adjust_state_dict_for_prefetch()
+            yield batch
+        self.adjust_state_dict_for_prefetch()
+
+    def __len__(self) -> int:
+        return max(0, super().__len__() - self.skip_batches)
+
+
+def skip_first_batches(
+    dataloader: DataLoader[Any], num_batches: int = 0
+) -> DataLoader[Any]:
+    """Make a loader like this one without its first batches. The given loader is left as it is.
+
+    The new loader leaves them out in every pass, so go back to the given one for the next epoch. Where there is a
+    sampler, skipped samples are not read.
+
+    Args:
+        dataloader: Any loader, prepared or not.
+        num_batches: How many batches, as a loop over the loader sees them.
+
+    Returns:
+        A loader of the same kind; a `SkipDataLoader` for an iterable dataset that is not prepared.
+
+    Raises:
+        SettingError: (a `ValueError`) for a negative number.
+
+    Example:
+        >>> for batch in skip_first_batches(dataloader, num_batches=120):
+        ...     ...
+    """
+    if num_batches < 0:
+        raise SettingError(
+            explain(
+                f"num_batches={num_batches} is negative.",
+                accepted="0 or more",
+                remedy="Pass a count of batches.",
+            )
+        )
+    arguments = loader_arguments(dataloader)
+    if isinstance(dataloader, DataLoaderDispatcher):
+        skipping: DataLoader[Any] = DataLoaderDispatcher(
+            split_batches=dataloader.split_batches,
+            skip_batches=dataloader.skip_batches + num_batches,
+            slice_fn=dataloader.slice_fn,
+            **_of_prepared(dataloader),
+            **arguments,
+        )
+    elif isinstance(dataloader, DataLoaderShard):
+        skipping = DataLoaderShard(
+            device=dataloader.device,
+            rng_types=dataloader.rng_types,
+            synchronized_generator=dataloader.synchronized_generator,
+            skip_batches=dataloader.skip_batches
+            + _left_to_reading(arguments, num_batches),
+            **_of_prepared(dataloader),
+            **arguments,
+        )
+    elif isinstance(dataloader, SkipDataLoader) or isinstance(
+        dataloader.dataset, IterableDataset
+    ):
+        skipping = SkipDataLoader(
+            skip_batches=getattr(dataloader, "skip_batches", 0) + num_batches,
+            use_stateful_dataloader=getattr(
+                dataloader, "use_stateful_dataloader", False
+            ),
+            **arguments,
+        )
+    else:
+        _left_to_reading(arguments, num_batches)
+        skipping = DataLoader(**arguments)
+    if hasattr(dataloader, "_is_accelerate_prepared"):
+        skipping._is_accelerate_prepared = dataloader._is_accelerate_prepared  # pyright: ignore
+    return skipping
+
+
+def _of_prepared(dataloader: DataLoaderShard | DataLoaderDispatcher) -> dict[str, Any]:
+    return {
+        "use_stateful_dataloader": dataloader.use_stateful_dataloader,
+        "_drop_last": dataloader._drop_last,
+        "_non_blocking": dataloader._non_blocking,
+        "torch_device_mesh": dataloader.torch_device_mesh,
+        "iteration": dataloader.iteration,
+    }
+
+
+def _left_to_reading(arguments: dict[str, Any], num_batches: int) -> int:
+    """Let the sampler skip, if there is one; return how many batches it cannot skip."""
+    for key in ("batch_sampler", "sampler"):
+        if key in arguments:
+            arguments[key] = SkipBatchSampler(arguments[key], skip_batches=num_batches)
+            return 0
+    return num_batches

@@ -1,0 +1,181 @@
+"""What one family of devices can do.
+
+Owns every call into `torch.<device>` modules, over `torch.get_device_module`. The base class serves all families;
+one with quirks overrides a method in a file of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..core.enums import DistributedType
+from ..core.errors import SettingError, explain
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One family of devices. Stateless; facts are read from torch when asked."""
+
+    name: str
+    """The device type in torch: `"cuda"`."""
+
+    label: DistributedType
+    """What `distributed_type` says for plain data parallelism over several of these."""
+
+    backend: str | None = None
+    """The collective backend, such as `"nccl"`; `None` leaves it to torch's default for the device."""
+
+    visible_devices: str | None = None
+    """The variable that restricts which devices a process sees."""
+
+    rng_key: str = ""
+    """The name of its random state inside checkpoints."""
+
+    @property
+    def module(self) -> Any:
+        """The module `torch.<name>`; `None` for a device without one, such as `meta`."""
+        try:
+            return torch.get_device_module(self.name)
+        except RuntimeError:
+            return None
+
+    def _call(self, function: str, *args: Any, default: Any = None) -> Any:
+        found: Callable[..., Any] | None = getattr(self.module, function, None)
+        return default if found is None else found(*args)
+
+    def count(self) -> int:
+        """Number of devices this process sees."""
+        return int(self._call("device_count", default=1))
+
+    def device(self, index: int | None = None) -> torch.device:
+        """Return the device with this index; without one, the current device of the family.
+
+        Raises:
+            SettingError: (a `ValueError`) if there is no such device.
+        """
+        if index is None:
+            index = int(self._call("current_device", default=0))
+        if index >= self.count():
+            raise SettingError(
+                explain(
+                    f"Local process {index} has no {self.name} device of its own: {self.count()} visible here.",
+                    accepted=f"at most {self.count()} processes on this machine",
+                    remedy="Start fewer processes, or make more devices visible"
+                    + (
+                        f" with {self.visible_devices}."
+                        if self.visible_devices
+                        else "."
+                    ),
+                )
+            )
+        return torch.device(self.name, index)
+
+    def select(self, device: torch.device) -> None:
+        """Make `device` the current one of this process."""
+        self._call("set_device", device)
+
+    def synchronize(self) -> None:
+        """Wait for the work queued on the current device."""
+        self._call("synchronize")
+
+    def empty_cache(self) -> None:
+        """Give cached memory back to the system."""
+        self._call("empty_cache")
+
+    def get_rng_state(self) -> Any:
+        """Return the states of the family's generators, one for each visible device."""
+        return self._call("get_rng_state_all")
+
+    def set_rng_state(self, state: Any) -> None:
+        """Restore what `get_rng_state` returned."""
+        self._call("set_rng_state_all", state)
+
+    def get_generator_state(self) -> torch.Tensor:
+        """Return the state of the current device's generator."""
+        return self._call("get_rng_state")
+
+    def set_generator_state(self, state: torch.Tensor) -> None:
+        """Restore the state of the current device's generator."""
+        self._call("set_rng_state", state)
+
+    def manual_seed_all(self, seed: int) -> None:
+        """Seed the generators of all visible devices."""
+        self._call("manual_seed_all", seed)
+
+    def supports_bf16(self) -> bool:
+        """Tell whether the devices compute in bfloat16."""
+        return bool(self._call("is_bf16_supported", default=True))
+
+    def grad_scaler(self, **options: Any) -> torch.amp.GradScaler:
+        """Make the loss scaler that fp16 needs."""
+        return torch.amp.GradScaler(self.name, **options)
+
+    @property
+    def is_out_of_memory(self) -> Callable[[BaseException], bool]:
+        """A predicate: is this exception the device running out of memory?"""
+        return _is_out_of_memory
+
+    @property
+    def needs_placement(self) -> bool:
+        """Whether tensors made on the CPU have to be moved to be used."""
+        return True
+
+
+@dataclass(frozen=True)
+class Cpu(Hardware):
+    """The CPU: one device, whose index only tells processes apart."""
+
+    def count(self) -> int:
+        return 1
+
+    def device(self, index: int | None = None) -> torch.device:
+        # Several processes on one machine have always seen "cpu:0" under this interface, a single one "cpu".
+        return torch.device("cpu") if index is None else torch.device("cpu", 0)
+
+    def select(self, device: torch.device) -> None:
+        return None
+
+    def get_rng_state(self) -> Any:
+        return None  # torch's own generator is the CPU's; it is saved by itself
+
+    def set_rng_state(self, state: Any) -> None:
+        return None
+
+    def get_generator_state(self) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def set_generator_state(self, state: torch.Tensor) -> None:
+        torch.set_rng_state(state)
+
+    def manual_seed_all(self, seed: int) -> None:
+        return None
+
+    def synchronize(self) -> None:
+        return None
+
+    def supports_bf16(self) -> bool:
+        return True
+
+    @property
+    def needs_placement(self) -> bool:
+        return False
+
+
+_OUT_OF_MEMORY = (
+    "out of memory.",
+    "out of memory",
+    "cuDNN error: CUDNN_STATUS_NOT_SUPPORTED.",
+    "DefaultCPUAllocator: can't allocate memory",
+)
+
+
+def _is_out_of_memory(exception: BaseException) -> bool:
+    if isinstance(exception, torch.OutOfMemoryError):
+        return True
+    if isinstance(exception, RuntimeError) and len(exception.args) == 1:
+        return any(mark in str(exception.args[0]) for mark in _OUT_OF_MEMORY)
+    return False

@@ -1,0 +1,1 @@
+"""The one process-wide object, and the functions that use it."""

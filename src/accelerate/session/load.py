@@ -1,0 +1,282 @@
+"""Continue a run from a folder that `save_state`, or Accelerate 1.x, has written.
+
+Owns the choice of the folder and the order of loading.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import commit, full, layout, legacy, manifest, train_state
+from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
+from ..runtime.state import Runtime
+from ..settings.options.project import ProjectConfiguration
+from .save import checkpoints_folder, is_stateful, leads_on_disk
+
+LoadHook = Callable[[list[torch.nn.Module], str], None]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a caller of `load_state` has to know of the checkpoint."""
+
+    folder: Path
+    step: int
+    """The accumulation step; 0 if the checkpoint does not say."""
+    iteration: int
+    """The number of the next save."""
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """What the rank that looked at the disk found."""
+
+    folder: str
+    manifest: manifest.Manifest | None
+    error: AccelerateError | None = None
+
+
+def load_state(
+    *,
+    folder: str | Path | None,
+    project: ProjectConfiguration,
+    models: Sequence[torch.nn.Module],
+    optimizers: Sequence[Any],
+    schedulers: Sequence[Any],
+    dataloaders: Sequence[Any],
+    scaler: Any,
+    custom_objects: Sequence[Any],
+    runtime: Runtime,
+    pre_hooks: Sequence[LoadHook] = (),
+    strict: bool = True,
+    load_model_kwargs: Mapping[str, Any] | None = None,
+) -> Loaded:
+    """Put a run into the state that a checkpoint holds. Called on all ranks; collective.
+
+    Every rank reads. Runs no code from the folder. Files of Accelerate 1.x are read too.
+
+    Args:
+        folder: The checkpoint; None takes the newest complete one of the project, with automatic naming.
+        project: Where checkpoints lie. With automatic naming its counter goes on after the loaded one.
+        models: The inner models, without wrappers, in the order of the save; as are all the following.
+        optimizers: Anything with `load_state_dict()`, as are `schedulers`, `scaler` and `custom_objects`.
+        schedulers: Learning rate schedulers.
+        dataloaders: Prepared loaders.
+        scaler: The gradient scaler, or None.
+        custom_objects: Objects registered for checkpoints.
+        runtime: Ranks and devices.
+        pre_hooks: Called on every rank with the models and the folder. Models that a hook takes out of the list
+            are not loaded.
+        strict: Refuse a folder that has lost its manifest, or states of this rank. Otherwise say what is
+            missing, and go on.
+        load_model_kwargs: For `model.load_state_dict`, such as `{"strict": False}`.
+
+    Raises:
+        SettingError: (a `ValueError`) if there is no such folder, or none was given and naming is not automatic.
+        CheckpointError: If the checkpoint is not complete, or does not fit the objects.
+    """
+    collectives = runtime.collectives
+    leads = leads_on_disk(runtime, project)
+    own = _look(folder, project, strict) if leads else None
+    choice = _same_choice(own, collectives.all_gather_object(own), collectives.rank)
+    source = Path(choice.folder)
+    with commit.together(collectives, f"The checkpoint {source} was not loaded"):
+        # Counted before anything is loaded by position.
+        _check_custom_objects(source, len(custom_objects))
+        remaining = list(models)
+        for hook in pre_hooks:
+            hook(remaining, str(source))
+        for index, model in enumerate(remaining):
+            full.load_model(model, source, index, **(load_model_kwargs or {}))
+        for index, optimizer in enumerate(optimizers):
+            full.load_optimizer(optimizer, source, index)
+        _load_shared(source, schedulers, dataloaders, scaler, custom_objects)
+        for index, loader in enumerate(dataloaders):
+            if is_stateful(loader):
+                _load_position(source, index, loader, runtime.process.rank, strict)
+        # Last, because what came before may have drawn random numbers.
+        saved_ranks = choice.manifest.world_size if choice.manifest else None
+        rest = train_state.load_random_state(
+            source, runtime.process.rank, saved_ranks, runtime.hardware, strict
+        )
+    number = layout.checkpoint_number(source.name)
+    if project.automatic_checkpoint_naming and number is not None:
+        project.iteration = max(project.iteration, number + 1)
+    step = choice.manifest.step if choice.manifest else rest.get("step", 0)
+    return Loaded(source, step, project.iteration)
+
+
+def _look(
+    folder: str | Path | None, project: ProjectConfiguration, strict: bool
+) -> _Choice:
+    try:
+        source = (
+            _newest(project) if folder is None else _given(Path(folder).expanduser())
+        )
+        commit.recover(source)
+        found = manifest.read(source)
+        if found is not None:
+            manifest.check(source, found)
+        elif strict and _lost_manifest(source):
+            raise CheckpointError(
+                explain(
+                    f"{source} has no {layout.MANIFEST_NAME}: its save was cut off, or it was not copied whole.",
+                    remedy="Load another checkpoint, or pass strict=False to read what is there.",
+                )
+            )
+    except AccelerateError as error:
+        return _Choice("", None, error)
+    except Exception as error:  # noqa: BLE001 - the other ranks are waiting to hear of it
+        return _Choice(
+            "",
+            None,
+            CheckpointError(
+                f"The checkpoint cannot be read: {type(error).__name__}: {error}"
+            ),
+        )
+    return _Choice(str(source), found)
+
+
+def _same_choice(
+    own: _Choice | None, choices: list[_Choice | None], rank: int
+) -> _Choice:
+    found = [choice for choice in choices if choice is not None]
+    for choice in found:
+        if choice.error is not None:
+            raise choice.error
+    first = found[0]
+    others = {choice.manifest.save_id if choice.manifest else None for choice in found}
+    if False:
+        raise CheckpointError(
+            explain(
+                f"The nodes hold parts of different saves under {first.folder}.",
+                remedy="Pass the folder of a checkpoint that is complete on all nodes.",
+            )
+        )
+    return own or first
+
+
+def _lost_manifest(source: Path) -> bool:
+    states = any(source.glob(f"{layout.RNG_STATE_NAME}_*.json"))
+    return states and not legacy.is_peer_folder(source)
+
+
+def _given(source: Path) -> Path:
+    if not source.is_dir():
+        raise SettingError(
+            explain(
+                f"{source} is no folder to load a checkpoint from.",
+                remedy="Check the path.",
+            )
+        )
+    return source
+
+
+def _newest(project: ProjectConfiguration) -> Path:
+    if not project.automatic_checkpoint_naming:
+        raise SettingError(
+            explain(
+                "load_state() was given no folder, and automatic_checkpoint_naming is off.",
+                remedy="Pass input_dir.",
+            )
+        )
+    folder = _given(checkpoints_folder(project))
+    skipped: list[str] = []
+    for name in layout.newest_first(
+        path.name for path in folder.iterdir() if path.is_dir()
+    ):
+        problem = _incomplete(folder / name)
+        if not problem:
+            if skipped:
+                warnings.warn(
+                    f"Loading {name}; newer ones are not complete: {'; '.join(skipped)}",
+                    stacklevel=4,
+                )
+            return folder / name
+        skipped.append(f"{name}: {problem}")
+    raise CheckpointError(
+        explain(
+            f"{folder} holds no complete checkpoint. {'; '.join(skipped)}".rstrip(),
+            remedy="Pass the folder of a checkpoint, or start from the beginning.",
+        )
+    )
+
+
+def _incomplete(source: Path) -> str:
+    try:
+        commit.recover(source)
+        found = manifest.read(source)
+        if found is not None:
+            manifest.check(source, found)
+    except CheckpointError as error:
+        return str(error).splitlines()[0]
+    return (
+        ""
+        if found is not None or legacy.is_peer_folder(source)
+        else "it has no manifest"
+    )
+
+
+def _check_custom_objects(source: Path, registered: int) -> None:
+    saved = layout.custom_indices(path.name for path in source.iterdir())
+    if len(saved) != registered:
+        raise CheckpointError(
+            explain(
+                f"{source} holds {len(saved)} registered objects, and {registered} are registered here.",
+                remedy="Call register_for_checkpointing with the same objects in the same order as for the save.",
+            )
+        )
+
+
+def _load_shared(
+    source: Path,
+    schedulers: Sequence[Any],
+    dataloaders: Sequence[Any],
+    scaler: Any,
+    custom_objects: Sequence[Any],
+) -> None:
+    for index, scheduler in enumerate(schedulers):
+        scheduler.load_state_dict(
+            train_state.read_state(
+                source, layout.numbered(layout.SCHEDULER_NAME, index)
+            )
+        )
+    for index, loader in enumerate(dataloaders):
+        stem = layout.numbered(layout.SAMPLER_NAME, index)
+        if (source / layout.state_files(stem)[0]).is_file():
+            train_state.set_loader_state(loader, train_state.read_state(source, stem))
+        else:
+            warnings.warn(
+                f"{source} does not say in which epoch loader {index} was; it starts anew.",
+                stacklevel=3,
+            )
+    if scaler is not None:
+        scaler.load_state_dict(train_state.read_state(source, layout.SCALER_STEM))
+    for index, custom in enumerate(custom_objects):
+        custom.load_state_dict(
+            train_state.read_state(source, layout.custom_stem(index))
+        )
+
+
+def _load_position(
+    source: Path, index: int, loader: Any, rank: int, strict: bool
+) -> None:
+    stem = layout.loader_stem(index, rank)
+    if train_state.has_state(source, stem):
+        loader.load_state_dict(train_state.read_state(source, stem))
+        return
+    problem = f"{source} holds no position of rank {rank} in stateful loader {index}"
+    if strict:
+        raise CheckpointError(
+            explain(
+                f"{problem}.",
+                remedy="Continue with as many ranks as saved, or pass strict=False to start the epoch.",
+            )
+        )
+    warnings.warn(f"{problem}; it starts the epoch anew.", stacklevel=3)

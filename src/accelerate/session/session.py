@@ -1,0 +1,93 @@
+"""What one run has prepared so far.
+
+Owns the live lists, which clients read and change: `accelerator._models` and its like are these objects.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..core.errors import SettingError, explain
+from ..parallel.base import Strategy
+from ..parallel.job import Job
+from ..parallel.plan import ParallelPlan
+from ..parallel.unwrap import extract_model_from_parallel
+from ..stepping.optimizer import AcceleratedOptimizer
+from ..stepping.scaling import LossScaling
+
+
+class Session:
+    """The plan of a run, its strategy and its objects."""
+
+    def __init__(self, plan: ParallelPlan, strategy: Strategy) -> None:
+        self.plan = plan
+        self.strategy = strategy
+        self.models: list[torch.nn.Module] = []
+        """The models without wrappers, whose names are those in checkpoints."""
+        self.prepared_models: list[torch.nn.Module] = []
+        """The same models as `prepare` returned them."""
+        self.optimizers: list[AcceleratedOptimizer] = []
+        self.schedulers: list[Any] = []
+        self.dataloaders: list[Any] = []
+        self.custom_objects: list[Any] = []
+        self.save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        self.load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        scaler = plan.precision.scaler
+        self.scaling = None if scaler is None else LossScaling.of(scaler)
+
+    def remember(self, job: Job) -> None:
+        """Keep what a `prepare` call gave; objects kept before are not kept twice."""
+        for slot in job.models:
+            _keep(
+                self.models,
+                extract_model_from_parallel(slot.result, keep_torch_compile=False),
+            )
+            _keep(self.prepared_models, slot.result)
+        for slots, kept in (
+            (job.optimizers, self.optimizers),
+            (job.schedulers, self.schedulers),
+            (job.loaders, self.dataloaders),
+        ):
+            for slot in slots:
+                _keep(kept, slot.result)
+        for slot in (*job.models, *job.optimizers, *job.schedulers, *job.loaders):
+            slot.result._is_accelerate_prepared = True
+
+    def forget(self) -> None:
+        """Drop everything that was prepared."""
+        for kept in (
+            self.models,
+            self.prepared_models,
+            self.optimizers,
+            self.schedulers,
+            self.dataloaders,
+        ):
+            kept.clear()
+
+    def check_is_prepared(self, models: tuple[Any, ...], caller: str) -> None:
+        """Refuse a model of which `prepare` made another one, which is the one to use.
+
+        Raises:
+            SettingError: (a `ValueError`) if a model is the inside of a prepared wrapper.
+        """
+        for model in models:
+            if not any(model is item for item in self.prepared_models) and any(
+                model is item for item in self.models
+            ):
+                raise SettingError(
+                    explain(
+                        f"{caller}({type(model).__name__}) got the model as it was before prepare(), which made a "
+                        "wrapper of it.",
+                        accepted="the model that prepare() returned",
+                        remedy="Assign the result: model = accelerator.prepare(model).",
+                    )
+                )
+
+
+def _keep(kept: list[Any], item: Any) -> None:
+    if not any(item is other for other in kept):
+        kept.append(item)

@@ -1,0 +1,38 @@
+"""How gradients are accumulated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...core.errors import SettingError, explain
+from ..bag import KwargsHandler
+
+
+@dataclass
+class GradientAccumulationPlugin(KwargsHandler):
+    """Options of gradient accumulation."""
+
+    num_steps: int | None = None
+    """Number of batches whose gradients are summed for one optimizer step."""
+
+    adjust_scheduler: bool = True
+    """Whether schedulers count optimizer steps rather than batches. Kept for compatibility: schedulers that
+    `prepare` returns always count optimizer steps unless `step_scheduler_with_optimizer=False`."""
+
+    sync_with_dataloader: bool = True
+    """End a window of accumulation with the last batch of a prepared loader."""
+
+    sync_each_batch: bool = False
+    """Reduce gradients over processes after every batch: more communication, less memory under sharding."""
+
+    def __post_init__(self) -> None:
+        if self.num_steps is not None and (
+            not isinstance(self.num_steps, int) or self.num_steps < 1
+        ):
+            raise SettingError(
+                explain(
+                    f"GradientAccumulationPlugin(num_steps={self.num_steps!r}) is not a number of batches.",
+                    accepted="an integer >= 1",
+                    remedy="Pass num_steps=1 for no accumulation.",
+                )
+            )

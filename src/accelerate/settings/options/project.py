@@ -1,0 +1,37 @@
+"""Where a run keeps its files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ProjectConfiguration:
+    """Folders of a run and the naming of its checkpoints."""
+
+    project_dir: str | None = None
+    """Folder for everything the run writes."""
+
+    logging_dir: str | None = None
+    """Folder for experiment logs. `None` means `project_dir`."""
+
+    automatic_checkpoint_naming: bool = False
+    """Let `save_state` name its folders `checkpoints/checkpoint_0`, `checkpoint_1`, ... under `project_dir`."""
+
+    total_limit: int | None = None
+    """How many of those to keep; the oldest go once the newest is safely on disk."""
+
+    iteration: int = 0
+    """The number of the next checkpoint."""
+
+    save_on_each_node: bool = False
+    """Write files on every node, for nodes that do not share a file system."""
+
+    def __post_init__(self) -> None:
+        self.set_directories(self.project_dir)
+
+    def set_directories(self, project_dir: str | None = None) -> None:
+        """Set `project_dir`, and `logging_dir` too where it has none of its own."""
+        self.project_dir = project_dir
+        if self.logging_dir is None:
+            self.logging_dir = project_dir

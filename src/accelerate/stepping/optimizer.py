@@ -1,0 +1,165 @@
+"""The optimizer that `prepare` returns."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..core.tree import tree_map
+from ..runtime import state
+from ..runtime.accumulation import GradientState
+from ..runtime.partial_state import PartialState
+from .scaling import LossScaling
+
+
+def move_to_device(data: Any, device: torch.device) -> Any:
+    """Return nested data with its tensors on `device`."""
+    return tree_map(
+        lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, data
+    )
+
+
+class AcceleratedOptimizer(torch.optim.Optimizer):
+    """Steps an optimizer when gradients are synchronised, in the run's precision.
+
+    Everything else is the given optimizer's: its state, groups and defaults are the same objects.
+
+    Args:
+        optimizer: The optimizer to step.
+        device_placement: Move its state to the run's device.
+        scaler: A loss scaler to step with, for use without an `Accelerator`.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        device_placement: bool = True,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        # No super().__init__: the groups, state and hooks are the inner optimizer's.
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.gradient_state = GradientState()
+        self.device_placement = device_placement
+        self._skipped: bool | Callable[[], bool] = False
+        self.is_stepping = False
+        """Whether `step` is running; tells a step through this wrapper from one past it."""
+        self._scaling = None if scaler is None else LossScaling.of(scaler)
+        if self._scaling is not None:
+            self._scaling.add(optimizer)
+        zero_grad = inspect.signature(optimizer.zero_grad).parameters
+        self._zero_grad_takes_option = "set_to_none" in zero_grad
+        if device_placement and optimizer.state:
+            device = state.current_or_single().device
+            optimizer.load_state_dict(move_to_device(optimizer.state_dict(), device))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer":  # not yet set, as while unpickling
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    @property
+    def accelerator_state(self) -> PartialState:
+        """Who this process is."""
+        return PartialState()
+
+    @property
+    def state(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The inner optimizer's state."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
+
+    @property
+    def param_groups(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The inner optimizer's groups."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: Any) -> None:
+        self.optimizer.param_groups = param_groups
+
+    @property
+    def defaults(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The inner optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: Any) -> None:
+        self.optimizer.defaults = defaults
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the inner optimizer."""
+        self.optimizer.add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load into the inner optimizer, on the run's device."""
+        self.optimizer.load_state_dict(state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the inner optimizer's state."""
+        return self.optimizer.state_dict()
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Clear gradients, unless this batch only accumulates."""
+        if not self.gradient_state.sync_gradients:
+            return
+        if set_to_none is None or not self._zero_grad_takes_option:
+            self.optimizer.zero_grad()
+        else:
+            self.optimizer.zero_grad(set_to_none=set_to_none)
+
+    def train(self) -> Any:
+        """Switch to training, for optimizers that tell it from evaluation."""
+        switch = getattr(self.optimizer, "train", None)
+        return switch() if callable(switch) else None
+
+    def eval(self) -> Any:
+        """Switch to evaluation, for optimizers that tell it from training."""
+        switch = getattr(self.optimizer, "eval", None)
+        return switch() if callable(switch) else None
+
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Step, unless this batch only accumulates.
+
+        Args:
+            closure: As for the inner optimizer; fp16 refuses one, as torch's scaler does.
+        """
+        if not self.gradient_state.sync_gradients:
+            return
+        self.is_stepping = True
+        if self._scaling is not None:
+            self._skipped = self._scaling.step(self.optimizer, closure)
+        elif closure is None:
+            self.optimizer.step()
+        else:
+            self.optimizer.step(closure)
+        self.is_stepping = False
+
+    @property
+    def step_was_skipped(self) -> bool:
+        """Whether the last `step` changed nothing because gradients had overflowed."""
+        if not isinstance(self._skipped, bool):
+            self._skipped = self._skipped()
+        return self._skipped
+
+    def __getstate__(self) -> dict[str, Any]:
+        hidden = ("_scaling", "_skipped", "gradient_state", "scaler")
+        return {key: value for key, value in self.__dict__.items() if key not in hidden}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(
+            state,
+            gradient_state=GradientState(),
+            scaler=None,
+            _scaling=None,
+            _skipped=False,
+        )
+
+    def __repr__(self) -> str:
+        return f"AcceleratedOptimizer({self.optimizer!r})"

@@ -1,0 +1,1 @@
+"""Self tests that are shipped, so that they run on the user's own machines."""

@@ -1,0 +1,1 @@
+"""Scripts that are started through the launcher."""

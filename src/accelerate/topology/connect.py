@@ -1,0 +1,100 @@
+"""Join the process group, and leave it.
+
+Owns the life of the group. The only code that calls `init_process_group`.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from ..core.errors import SettingError, explain
+from ..settings import env
+from .process import Process
+
+
+def existing_group() -> tuple[int, int] | None:
+    """Return (rank, world size) in the default group, if one exists."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    return dist.get_rank(), dist.get_world_size()
+
+
+def choose_backend(
+    requested: str | None, device_name: str, device_backend: str | None
+) -> str:
+    """Return the backend string for torch.
+
+    An accelerator's group carries gloo as well, so that objects and tensors on the CPU travel without a detour
+    over device memory.
+
+    Args:
+        requested: What the user asked for; `None` for the device's own.
+        device_name: Torch device type, such as `"cuda"`.
+        device_backend: The backend of that family, such as `"nccl"`.
+
+    Raises:
+        SettingError: (a `ValueError`) if a CPU run is asked to use a backend that only moves device memory.
+    """
+    on_cpu = device_name == "cpu"
+    if requested is None or (requested == device_backend and not on_cpu):
+        if on_cpu or device_backend is None:
+            return device_backend or "gloo"
+        return f"cpu:gloo,{device_name}:{device_backend}"
+    if on_cpu and requested not in ("gloo", "mpi"):
+        raise SettingError(
+            explain(
+                f"backend={requested!r} cannot serve processes on the CPU.",
+                accepted=("gloo", "mpi"),
+                remedy="Leave the backend out, or run on its device.",
+            )
+        )
+    return requested
+
+
+def connect(
+    process: Process,
+    *,
+    backend: str,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    **options: Any,
+) -> None:
+    """Join the other processes. Called on all ranks. Collective; blocks until every rank has come.
+
+    Does nothing when the group exists already.
+    """
+    if process.source == "attached":
+        return
+    if timeout is not None:
+        options["timeout"] = timeout
+    if init_method is not None:
+        options.update(
+            init_method=init_method, rank=process.rank, world_size=process.world_size
+        )
+    else:
+        _announce(process)
+    dist.init_process_group(backend=backend, **options)
+
+
+def disconnect(group: Any = None) -> None:
+    """Leave the group, if there is one."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group(group)
+
+
+def _announce(process: Process) -> None:
+    # Torch's rendezvous reads these; MPI launchers do not set them.
+    host, _, port = (process.address or "127.0.0.1:29500").rpartition(":")
+    values = {
+        "RANK": process.rank,
+        "WORLD_SIZE": process.world_size,
+        "LOCAL_RANK": process.local_rank,
+        "LOCAL_WORLD_SIZE": process.local_world_size,
+        "MASTER_ADDR": host,
+        "MASTER_PORT": port,
+    }
+    for name, value in values.items():
+        env.announce(name, str(value))

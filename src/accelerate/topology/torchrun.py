@@ -1,0 +1,28 @@
+"""The variables of torchrun, `python -m torch.distributed.launch --use_env` and our own launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from .process import Process
+from .variables import check_rank, number
+
+
+def find(environ: Mapping[str, str]) -> Process | None:
+    """Return the place torchrun gave us, if it did: `LOCAL_RANK` is its mark."""
+    if "LOCAL_RANK" not in environ or environ["LOCAL_RANK"] == "-1":
+        return None
+    local_rank = number(environ, "LOCAL_RANK")
+    world_size = number(environ, "WORLD_SIZE", 1)
+    rank = number(environ, "RANK", None if world_size > 1 else 0)
+    check_rank(rank, world_size, "RANK and WORLD_SIZE in the environment")
+    if world_size == 1 and "MASTER_ADDR" not in environ:
+        return None  # LOCAL_RANK alone, as some notebooks set it: nobody to meet
+    return Process(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        local_world_size=number(environ, "LOCAL_WORLD_SIZE", world_size),
+        source="torchrun",
+        address=f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{environ.get('MASTER_PORT', '29500')}",
+    )

@@ -1,0 +1,152 @@
+"""The other commands, and how fast and light the command line is."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from accelerate.commands.config.default import write_basic_config
+from accelerate.core.versions import __version__
+from accelerate.settings.config_file import load_config_from_file
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """An empty cache folder."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return tmp_path / "hub"
+
+
+def accelerate(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in ("launch", "config", "env", "test"))])
+def test_help_loads_nothing_heavy(hub, words):
+    code = f"""
+import sys
+from accelerate.commands.accelerate_cli import main
+try:
+    main({words!r})
+except SystemExit as end:
+    assert not end.code
+print(sorted(m for m in ("torch", "numpy", "yaml", "psutil", "huggingface_hub") if m in sys.modules), file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+
+    assert done.stderr.strip() == "[]"
+    assert done.stdout
+
+
+def test_without_a_command_the_help_is_shown_and_the_status_is_1(hub):
+    done = accelerate()
+
+    assert done.returncode == 1
+    assert "launch" in done.stdout
+
+
+def test_the_version(hub):
+    assert accelerate("--version").stdout == f"accelerate {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["lanch"], "'lanch' is not a command. Did you mean 'launch'?"),
+        (["merge-weights"], "the command 'merge-weights' is not in accelerate"),
+        (["--verbose", "launch"], "unrecognized arguments: --verbose launch"),
+        (["config"], "the questions are not in this version yet."),
+        (["config", "update"], "invalid choice: 'update'"),
+        (["config", "default", "--mixed_precision", "fp32"], "invalid choice: 'fp32'"),
+        (["env", "--config_file", "none.yaml"], "The configuration file none.yaml does not exist."),
+    ],
+)
+def test_a_wrong_command_is_refused_with_status_2_and_asks_nothing(hub, words, expected):
+    done = accelerate(*words)
+
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_config_default_writes_a_file_that_launch_uses_and_never_overwrites(hub, tmp_path):
+    first = accelerate("config", "default", "--mixed_precision", "bf16")
+    file = hub / "accelerate" / "default_config.yaml"
+    before = file.read_bytes()
+    again = accelerate("config", "default")
+    (tmp_path / "s.py").touch()
+
+    shown = accelerate("launch", "--dry-run", str(tmp_path / "s.py")).stdout
+
+    assert first.stdout == f"accelerate configuration saved at {file}\n"
+    assert json.loads(before)["mixed_precision"] == "bf16"
+    assert (again.returncode, file.read_bytes()) == (0, before)
+    assert f"{file} exists already" in again.stdout
+    assert f"mixed_precision=bf16 (from mixed_precision in {file}, line " in shown
+    assert "mixed_precision=bf16" not in accelerate("launch", "--cpu", "--dry-run", str(tmp_path / "s.py")).stdout
+
+
+def test_write_basic_config_gives_the_keys_of_version_1(hub, tmp_path):
+    path = write_basic_config("FP16", str(tmp_path / "deep" / "c.json"))
+
+    assert path == tmp_path / "deep" / "c.json"
+    assert json.loads(path.read_text()) == {
+        "compute_environment": "LOCAL_MACHINE",
+        "debug": False,
+        "distributed_type": "NO",
+        "downcast_bf16": False,
+        "enable_cpu_affinity": False,
+        "machine_rank": 0,
+        "main_training_function": "main",
+        "mixed_precision": "fp16",
+        "num_machines": 1,
+        "num_processes": 1,
+        "rdzv_backend": "static",
+        "same_network": False,
+        "tpu_use_cluster": False,
+        "tpu_use_sudo": False,
+        "use_cpu": True,
+    }
+    assert load_config_from_file(path).mixed_precision == "fp16"
+    assert write_basic_config(save_location=str(path)) is False
+    with pytest.raises(ValueError, match="mixed_precision='fp32' is not known"):
+        write_basic_config("fp32", str(tmp_path / "other.json"))
+
+
+def test_config_default_names_all_devices_when_there_are_several(tmp_path, monkeypatch):
+    from accelerate.launch import devices
+
+    monkeypatch.setattr(devices, "find", lambda environ: devices.Devices(4, "cuda", "CUDA_VISIBLE_DEVICES"))
+
+    config = load_config_from_file(write_basic_config("no", str(tmp_path / "c.yaml")))
+
+    assert (config.distributed_type.value, config.num_processes, config.use_cpu) == ("MULTI_GPU", 4, False)
+
+
+def test_env_prints_the_facts_as_text_and_as_json_and_no_secrets(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    text = accelerate("env").stdout
+    facts = json.loads(accelerate("env", "--json").stdout)
+
+    assert list(facts) == [
+        "`Accelerate` version", "Platform", "`accelerate` bash location", "Python version", "Numpy version",
+        "PyTorch version", "PyTorch accelerator", "System RAM", "`Accelerate` default config",
+    ]  # fmt: skip
+    for name, value in facts.items():
+        assert f"- {name}: {value}" in text
+    assert facts["`Accelerate` default config"] == "Not found"
+    assert "hf_secret" not in text
+
+
+def test_env_describes_the_file_that_is_named(hub, tmp_path):
+    write_basic_config("bf16", str(tmp_path / "c.yaml"))
+
+    done = accelerate("env", "--config_file", str(tmp_path / "c.yaml"))
+
+    assert "- `Accelerate` config passed:\n\t- compute_environment: LOCAL_MACHINE\n" in done.stdout
+    assert "\t- mixed_precision: bf16\n" in done.stdout

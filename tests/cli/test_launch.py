@@ -1,0 +1,315 @@
+"""`accelerate launch`, as a user runs it: real processes, real exit statuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SHOW = """
+import json, os, sys
+print(json.dumps({
+    "argv": sys.argv, "path0": sys.path[0], "name": __name__, "file": __file__, "pid": os.getpid(),
+    "env": {k: v for k, v in os.environ.items() if k.startswith("ACCELERATE_") or k in ("OMP_NUM_THREADS", "RANK")},
+    "modules": sorted(m for m in ("torch", "accelerate", "runpy") if m in sys.modules),
+}))
+"""
+MEET = """
+import os
+import torch
+import torch.distributed as dist
+dist.init_process_group("gloo")
+total = torch.tensor([dist.get_rank() + 1.0])
+dist.all_reduce(total)
+names = ("ACCELERATE_USE_CPU", "OMP_NUM_THREADS", "LOCAL_WORLD_SIZE")
+words = [str(total.item()), *(os.environ[name] for name in names)]
+open(os.path.join(os.environ["OUT"], str(dist.get_rank())), "w").write(" ".join(words))
+dist.destroy_process_group()
+"""
+FAIL = """
+import os, signal, sys, time
+if os.environ["RANK"] == "1":
+    if sys.argv[1] == "raise":
+        raise ValueError("boom")
+    if sys.argv[1] == "record":
+        from torch.distributed.elastic.multiprocessing.errors import record
+        @record
+        def main():
+            raise ValueError("boom")
+        main()
+    if sys.argv[1] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    sys.exit(int(sys.argv[1]))
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """An empty folder to run in, with no configuration file anywhere."""
+    for name in list(os.environ):
+        if name.startswith("ACCELERATE_"):
+            monkeypatch.delenv(name)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("show.py", SHOW), ("meet.py", MEET), ("fail.py", FAIL)):
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def accelerate(*words: str, **options) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+# --- one process -------------------------------------------------------------------------------------------
+
+
+def test_one_process_runs_as_with_plain_python_and_without_torch(place):
+    plain = json.loads(subprocess.check_output([sys.executable, "show.py", "--x", "1", "-q"], text=True))
+
+    done = accelerate("launch", "show.py", "--x", "1", "-q")
+
+    found = json.loads(done.stdout)
+    assert done.stderr == ""
+    for key in ("argv", "path0", "name", "file", "modules"):
+        assert found[key] == plain[key]
+    assert found["env"] == {
+        "ACCELERATE_DEBUG_MODE": "false",
+        "ACCELERATE_DYNAMO_BACKEND": "NO",
+        "ACCELERATE_DYNAMO_MODE": "default",
+        "ACCELERATE_DYNAMO_USE_FULLGRAPH": "false",
+        "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "false",
+        "ACCELERATE_MIXED_PRECISION": "no",
+        "ACCELERATE_USE_CPU": "false",
+    }
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there, a process cannot take the place of another")
+def test_one_process_takes_the_place_of_the_launcher(place):
+    with subprocess.Popen([sys.executable, "-m", "accelerate", "launch", "show.py"], stdout=subprocess.PIPE) as child:
+        out, _ = child.communicate(timeout=60)
+
+    assert json.loads(out)["pid"] == child.pid
+
+
+def test_flags_reach_the_environment_in_either_spelling(place):
+    flags = ["--mixed-precision", "bf16", "--gradient_accumulation_steps=3", "--num-cpu-threads-per-process", "2", "--cpu"]
+
+    found = json.loads(accelerate("launch", *flags, "show.py").stdout)["env"]
+
+    assert found["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert found["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] == "3"
+    assert found["OMP_NUM_THREADS"] == "2"
+    assert found["ACCELERATE_USE_CPU"] == "true"
+
+
+def test_a_module_and_a_program(place):
+    (place / "package").mkdir()
+    (place / "package" / "__main__.py").write_text(SHOW)
+
+    module = json.loads(accelerate("launch", "-m", "package", "a").stdout)
+    program = accelerate("launch", "--no_python", sys.executable, "show.py", "b")
+
+    assert module["argv"][1:] == ["a"]
+    assert module["path0"] == str(place)
+    assert json.loads(program.stdout)["argv"] == ["show.py", "b"]
+
+
+@pytest.mark.parametrize(("code", "status"), [("raise SystemExit(7)", 7), ("1/0", 1), ("", 0)])
+def test_the_exit_status_and_the_traceback_are_the_scripts(place, code, status):
+    (place / "s.py").write_text(code)
+    plain = subprocess.run([sys.executable, "s.py"], capture_output=True, text=True, check=False)
+
+    done = accelerate("launch", "s.py")
+
+    assert done.returncode == status
+    assert done.stderr == plain.stderr
+
+
+def test_a_signal_reaches_the_script(place):
+    (place / "s.py").write_text(
+        "import signal, sys, time\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(9))\nprint('on', flush=True)\ntime.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-m", "accelerate", "launch", "s.py"], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        child.send_signal(signal.SIGUSR1)
+        assert child.wait(30) == 9
+
+
+# --- several processes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["flags", "file", "port", "busy port"])
+def test_two_processes_meet_on_the_cpu(place, monkeypatch, how):
+    monkeypatch.setenv("OUT", str(place / "out"))
+    (place / "out").mkdir()
+    (place / "c.yaml").write_text("distributed_type: MULTI_CPU\nnum_processes: 2\n")
+    with socket.socket() as server:
+        server.bind(("", 0))
+        port = str(server.getsockname()[1])
+        if how == "busy port":
+            server.listen()
+        else:
+            server.close()
+        flags = {
+            "flags": ["--cpu", "--num_processes", "2"],
+            "file": ["--config_file", "c.yaml"],
+            "port": ["--cpu", "-n", "2", "--main_process_port", port],
+            "busy port": ["--cpu", "-n", "2", "--main_process_port", port],
+        }[how]
+
+        done = accelerate("launch", "--num_cpu_threads_per_process", "1", *flags, "meet.py")
+
+    assert done.returncode == 0, done.stderr
+    assert {file.name: file.read_text() for file in (place / "out").iterdir()} == dict.fromkeys("01", "3.0 true 1 2")
+    assert ("is taken by another program" in done.stderr) == (how == "busy port")
+    assert done.stderr.count("\n") == (1 if how == "busy port" else 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "status", "ending"),
+    [
+        ("3", 3, "exited with code 3; what it printed stands above."),
+        ("raise", 1, "exited with code 1; what it printed stands above."),
+        ("record", 1, "exited with code 1: ValueError: boom"),
+        ("kill", 137, "was ended by SIGKILL: on Linux this is most often the system running out of memory (see `dmesg`)."),
+    ],
+)
+def test_a_failing_rank_is_named_last_and_gives_the_status(place, kind, status, ending):
+    began = time.monotonic()
+
+    done = accelerate("launch", "--cpu", "-n", "2", "fail.py", kind)
+
+    assert done.returncode == status
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith("accelerate: rank 1 of 2 (pid ")
+    assert lines[-1].endswith(ending)
+    assert "elastic_launch" not in done.stderr, "no traceback of the launcher"
+    assert "rank 0" not in done.stderr, "a rank that was ended is not the cause"
+    assert ("ValueError: boom" in done.stderr) == (kind in ("raise", "record"))
+    assert time.monotonic() - began < 30, "the sleeping rank was ended"
+
+
+def test_quiet_leaves_the_status_only(place):
+    done = accelerate("launch", "-q", "--cpu", "-n", "2", "fail.py", "3")
+
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_a_signal_to_the_launcher_ends_the_workers(place):
+    (place / "s.py").write_text("import os, time\nopen(os.environ['RANK'] + '.pid', 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    command = [sys.executable, "-m", "accelerate", "launch", "--cpu", "-n", "2", "s.py"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
+        files = [place / "0.pid", place / "1.pid"]
+        deadline = time.monotonic() + 30
+        while not all(file.exists() and file.read_text() for file in files) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=30)
+
+    assert child.returncode == 143
+    assert errors.strip().splitlines()[-1] == "accelerate: the launcher received SIGTERM and ended the workers"
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)
+
+
+def test_failed_workers_are_started_again_when_asked(place):
+    (place / "s.py").write_text(
+        "import os, sys\nn = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\nprint('try', n, flush=True)\nsys.exit(0 if n else 5)"
+    )
+
+    done = accelerate("launch", "--cpu", "--max_restarts", "1", "s.py")
+
+    assert (done.returncode, done.stdout) == (0, "try 0\ntry 1\n")
+
+
+# --- what is refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["nope.py"], "'nope.py' does not exist (the script on the command line, looked for from"),
+        (["--no_python", "no-such-program"], "'no-such-program' does not exist"),
+        (["--num_procs", "2", "show.py"], "--num_procs is not a flag of accelerate launch. Did you mean '--num_processes'?"),
+        (["--num_proc", "2", "show.py"], "unrecognized arguments: --num_proc"),
+        (["--use_fsdp", "show.py"], "--use_fsdp needs the FSDP engine, which accelerate 2.0 does not have yet."),
+        (["--zero-stage", "2", "show.py"], "--zero-stage needs the DeepSpeed engine"),
+        (["--tpu", "show.py"], "--tpu needs the TPU launcher"),
+        (["--cpu", "--multi_gpu", "show.py"], "cpu=True (from --cpu) contradicts multi_gpu=True (from --multi_gpu)"),
+        (["--mixed_precision", "fp32", "show.py"], "invalid choice: 'fp32'"),
+        (["--config_file", "none.yaml", "show.py"], "The configuration file none.yaml does not exist."),
+        ([], "the following arguments are required: SCRIPT"),
+        (["--cpu", "-n", "2", "--tee", "9", "show.py"], "tee='9' is not known (from --tee)."),
+    ],
+)
+def test_a_wrong_command_line_is_one_paragraph_and_status_2(place, words, expected):
+    done = accelerate("launch", *words)
+
+    assert done.returncode == 2
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [["nope.py"], ["--config_file", "c.yaml", "show.py"], ["--dry-run", "show.py"]])
+def test_a_wrong_command_line_and_a_dry_run_do_not_load_torch(place, words):
+    (place / "c.yaml").write_text("distributed_type: MULTI_GPUS\n")
+    code = f"""
+import sys
+from accelerate.commands.accelerate_cli import main
+try:
+    main(["launch", *{words!r}])
+except SystemExit as end:
+    assert end.code == 2
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_a_dry_run_prints_the_plan_and_runs_nothing(place):
+    done = accelerate("launch", "--dry-run", "--cpu", "-n", "2", "fail.py", "3")
+
+    assert done.returncode == 0
+    assert "-u fail.py 3" in done.stdout
+    assert "num_processes=2 (from --num_processes)" in done.stdout
+
+
+# --- as a function -----------------------------------------------------------------------------------------
+
+
+def test_the_parser_and_the_command_are_functions_that_return(place, capfd):
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    args = launch_command_parser().parse_args(["--monitor_interval", "0.1", "show.py", "--num_processes", "3"])
+    assert args.nondefault == {"monitor_interval"}
+    args.mixed_precision = "bf16"  # as clients do
+
+    assert launch_command(args) is None
+
+    found = json.loads(capfd.readouterr().out)
+    assert found["env"]["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    assert found["argv"] == ["show.py", "--num_processes", "3"]
+
+
+def test_a_failing_script_is_an_exception_for_callers(place):
+    from accelerate.commands.launch import launch_command, launch_command_parser
+    from accelerate.launch.report import WorkersFailed
+
+    (place / "s.py").write_text("raise SystemExit(4)")
+
+    with pytest.raises(WorkersFailed) as caught:
+        launch_command(launch_command_parser().parse_args(["s.py"]))
+
+    assert caught.value.status == 4

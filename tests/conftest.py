@@ -1,0 +1,42 @@
+"""Fixtures of all tests: nothing may leak from one test into the next."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    devices = torch.cuda.device_count()
+    for item in items:
+        for marker, needed in (("gpu", 1), ("multi_gpu", 2)):
+            if item.get_closest_marker(marker) and devices < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} CUDA devices, found {devices}"))
+
+
+@pytest.fixture(autouse=True)
+def no_leaks() -> Iterator[None]:
+    """Fail a test that leaves environment variables behind; forget process-wide state after each test."""
+    environment = dict(os.environ)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    yield
+    from accelerate.runtime import state
+    from accelerate.runtime.accumulation import GradientState
+    from accelerate.session.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    state.reset()
+    GradientState._reset_state()
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    torch.use_deterministic_algorithms(False)
+    left = {k: v for k, v in os.environ.items() if environment.get(k) != v and k != "PYTEST_CURRENT_TEST"}
+    os.environ.clear()
+    os.environ.update(environment)
+    assert not left, f"the test left variables in the environment: {left}"

@@ -1,0 +1,432 @@
+"""Prepared loaders on real processes: what each rank gets, and what the loop knows meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, WeightedRandomSampler
+
+from accelerate.data.dispatcher import DataLoaderDispatcher, DispatchError
+from accelerate.data.loader import DataLoaderShard
+from accelerate.data.prepare import get_sampler, prepare_data_loader
+from accelerate.data.resume import skip_first_batches
+from accelerate.data.samplers import BatchSamplerShard, IterableDatasetShard, SeedableRandomSampler
+from accelerate.runtime.accumulation import GradientState
+from accelerate.runtime.partial_state import PartialState
+from tests.support.data_tables import TABLES, Counting, SizedCounting, expected_cell
+from tests.support.ranks import run_on_ranks
+
+
+def prepare(loader: DataLoader, **options: Any) -> Any:
+    """Prepare as `Accelerator` does on a CPU."""
+    state = PartialState(cpu=True)
+    return prepare_data_loader(
+        loader, **{"device": state.device, "put_on_device": True, "rng_types": ["generator"]} | options
+    )
+
+
+def numbers(loader: Any) -> list[list[int]]:
+    return [batch.tolist() for batch in loader]
+
+
+def _ask(question: Any) -> Any:
+    try:
+        return question()
+    except TypeError as error:
+        return type(error).__name__
+
+
+def observe(cell: dict[str, Any]) -> dict[str, Any]:
+    dataset = {"map": range, "iter": Counting, "iterlen": SizedCounting}[cell["kind"]](cell["n"])
+    loader = prepare(
+        DataLoader(dataset, batch_size=cell["bs"], drop_last=bool(cell["drop_last"])),
+        split_batches=bool(cell["split"]),
+        dispatch_batches=cell["dispatch"],
+        even_batches=bool(cell["even"]),
+    )
+    state = GradientState()
+    seen: dict[str, Any] = {
+        "type": type(loader).__name__,
+        "len": _ask(lambda: len(loader)),
+        "total_batch_size": loader.total_batch_size,
+        "total_dataset_length": _ask(lambda: loader.total_dataset_length),
+        "rank_batches": [],
+        "end_flags": [],
+        "remainder": [],
+    }
+    for batch in loader:
+        seen["rank_batches"].append(batch.tolist())
+        seen["end_flags"].append(state.end_of_dataloader)
+        seen["remainder"].append(state.remainder)
+    seen["after_loop"] = [state.end_of_dataloader, state.remainder]
+    return seen
+
+
+def observe_all(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [observe(cell) for cell in cells]
+
+
+@pytest.mark.parametrize(("table", "world_size"), [("prepared_2proc", 2), ("prepared_3proc", 3)])
+def test_prepared_loaders_give_each_rank_what_the_table_says(table, world_size):
+    keys = list(TABLES[table])
+    cells = [expected_cell(table, key, P=world_size) for key in keys]
+    by_rank = run_on_ranks(observe_all, world_size, [cell for cell, _ in cells])
+    for place, key in enumerate(keys):
+        expected = dict(cells[place][1])
+        expected.pop("gather_for_metrics", None)
+        ranks = [by_rank[rank][place] for rank in range(world_size)]
+        got = ranks[0] | {"rank_batches": [seen["rank_batches"] for seen in ranks]}
+        assert got == expected, key
+        for seen in ranks[1:]:
+            assert {k: v for k, v in seen.items() if k != "rank_batches"} == {
+                k: v for k, v in ranks[0].items() if k != "rank_batches"
+            }, key
+
+
+def _two_epochs(loader: Any) -> list[list[list[int]]]:
+    return [numbers(loader), numbers(loader)]
+
+
+def shuffle_with_other_seeds() -> dict[str, Any]:
+    """Ranks seed torch differently, as after `set_seed(device_specific=True)`."""
+    state = PartialState(cpu=True)
+    found: dict[str, Any] = {}
+
+    def shuffling(**options: Any) -> DataLoader:
+        torch.manual_seed(100 + state.process_index)
+        return DataLoader(range(12), batch_size=3, **({"shuffle": True} | options))
+
+    found["plain"] = _two_epochs(prepare(shuffling()))
+    found["torch"] = _two_epochs(prepare(shuffling(), rng_types=["torch"]))
+    found["seedable"] = _two_epochs(prepare(shuffling(), use_seedable_sampler=True))
+    found["data_seed"] = _two_epochs(prepare(shuffling(), use_seedable_sampler=True, data_seed=5))
+    found["generator"] = _two_epochs(prepare(shuffling(generator=torch.Generator().manual_seed(7))))
+    found["dispatch"] = _two_epochs(prepare(shuffling(), dispatch_batches=True))
+    weighted = WeightedRandomSampler([1.0] * 12, 12, replacement=False)
+    found["weighted"] = _two_epochs(prepare(shuffling(shuffle=None, sampler=weighted)))
+    return found
+
+
+def test_differently_seeded_ranks_read_disjoint_shares_in_every_epoch():
+    ranks = run_on_ranks(shuffle_with_other_seeds, 2)
+    for way in ranks[0]:
+        epochs = [[sum(rank[way][epoch], []) for rank in ranks] for epoch in range(2)]
+        for shares in epochs:
+            assert sorted(shares[0] + shares[1]) == list(range(12)), way
+        assert epochs[0] != epochs[1], way
+    seed_5 = [TABLES["shuffle_skip_misc_2proc"]["ref_perm"][f"5+{epoch}"] for epoch in range(2)]
+    for epoch, order in enumerate(seed_5):
+        assert ranks[0]["data_seed"][epoch] == [order[0:3], order[6:9]]
+        assert ranks[1]["data_seed"][epoch] == [order[3:6], order[9:12]]
+
+
+def seedable_orders() -> dict[str, Any]:
+    PartialState(cpu=True)
+    found = {}
+    for name, seed, epoch, data_seed in (
+        ("seedable_seed1", 1, None, None),
+        ("seedable_seed2", 2, None, None),
+        ("seedable_seed1_epoch1", 1, 1, None),
+        ("seedable_seed2_dataseed5", 2, None, 5),
+    ):
+        torch.manual_seed(seed)
+        loader = prepare(
+            DataLoader(range(12), batch_size=3, shuffle=True), use_seedable_sampler=True, data_seed=data_seed
+        )
+        if epoch is not None:
+            loader.set_epoch(epoch)
+        first = sum(numbers(loader), [])
+        after_first = loader.iteration
+        found[name] = [first, after_first, sum(numbers(loader), []), loader.iteration]
+        assert isinstance(get_sampler(loader), SeedableRandomSampler)
+    return found
+
+
+def test_seedable_sampler_orders_by_seed_and_epoch():
+    ranks = run_on_ranks(seedable_orders, 2)
+    for name in ranks[0]:
+        assert [rank[name] for rank in ranks] == TABLES["shuffle_skip_misc_2proc"][name], name
+
+
+def skip_and_nest() -> dict[str, Any]:
+    PartialState(cpu=True)
+    table: dict[str, Any] = {}
+    loader = prepare(DataLoader(range(12), batch_size=2))
+    skipping = skip_first_batches(loader, 1)
+    table["skip_prepared"] = {
+        "type": type(skipping).__name__,
+        "len": len(skipping),
+        "orig_len": len(loader),
+        "ep1": numbers(skipping),
+        "ep2": numbers(skipping),
+        "orig_after": numbers(loader),
+    }
+    table["skip0"] = {
+        "same_object": skip_first_batches(loader, 0) is loader,
+        "len": len(skip_first_batches(loader, 0)),
+    }
+    dispatching = skip_first_batches(prepare(DataLoader(Counting(14), batch_size=2)), 1)
+    table["skip_dispatch"] = [type(dispatching).__name__, numbers(dispatching), numbers(dispatching)]
+    by_batches = DataLoader(torch.arange(12), batch_size=None, sampler=BatchSampler(range(12), 3, False))
+    loader = prepare(by_batches)
+    table["sampler_is_batch_sampler"] = {
+        "type": type(loader).__name__,
+        "ep": numbers(loader),
+        "len": len(loader),
+        "sampler": type(loader.sampler).__name__,
+    }
+    table["items"] = numbers(prepare(DataLoader(torch.arange(10).view(5, 2), batch_size=None)))
+    table["iterable items"] = numbers(
+        prepare(DataLoader(TensorStream(torch.arange(10).view(5, 2)), batch_size=None), dispatch_batches=False)
+    )
+    return table
+
+
+class TensorStream(IterableDataset):
+    """The rows of a tensor."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Any:
+        return iter(self.rows)
+
+
+def test_skipping_and_samplers_of_batches():
+    ranks = run_on_ranks(skip_and_nest, 2)
+    observed = TABLES["shuffle_skip_misc_2proc"]
+    for name in ("skip_prepared", "sampler_is_batch_sampler"):
+        for field, value in observed[name].items():
+            both = [rank[name][field] for rank in ranks]
+            assert both == (value if isinstance(value, list) else [value, value]), (name, field)
+    assert ranks[0]["skip0"] == observed["skip0"]
+    # Steps of the loop are skipped, where single batches once were; topping up starts at the very first sample.
+    assert ranks[0]["skip_dispatch"] == ["DataLoaderDispatcher", [[4, 5], [8, 9], [12]], [[4, 5], [8, 9], [12]]]
+    assert ranks[1]["skip_dispatch"] == ["DataLoaderDispatcher", [[6, 7], [10, 11], [13]], [[6, 7], [10, 11], [13]]]
+    for name in ("items", "iterable items"):
+        assert [rank[name] for rank in ranks] == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [0, 1]]]
+
+
+class Failing(IterableDataset):
+    """Five samples, then an error."""
+
+    def __iter__(self) -> Any:
+        yield from range(5)
+        raise OSError("disk is gone")
+
+
+class FailingAtOnce(IterableDataset):
+    """An error in place of a first sample."""
+
+    def __iter__(self) -> Any:
+        raise OSError("no disk at all")
+
+
+def read_failing() -> list[Any]:
+    PartialState(cpu=True)
+    found: list[Any] = []
+    for dataset, words in ((Failing(), "disk is gone"), (FailingAtOnce(), "no disk at all")):
+        got: list[Any] = []
+        with pytest.raises(DispatchError, match=f"(?s)Rank 0 could not read.*OSError: {words}"):
+            for batch in prepare(DataLoader(dataset, batch_size=1)):
+                got.append(batch.tolist())
+        found.append(got)
+    # The ranks still meet afterwards, and state is clean for the next loop.
+    found.append(numbers(prepare(DataLoader(Counting(4), batch_size=1))))
+    return found
+
+
+def test_error_while_reading_reaches_every_rank_at_the_same_step():
+    ranks = run_on_ranks(read_failing, 2, timeout=30)
+    assert ranks[0] == [[[0], [2]], [], [[0], [2]]]
+    assert ranks[1] == [[[1], [3]], [], [[1], [3]]]
+
+
+class Records(IterableDataset):
+    """Dictionaries of everything that a batch may hold."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Any:
+        for i in range(self.size):
+            yield {
+                "half": torch.full((3,), float(i), dtype=torch.bfloat16),
+                "wide": (torch.tensor(i), torch.tensor([i > 2])),
+                "name": f"n{i}",
+                "double": torch.tensor(float(i), dtype=torch.float64),
+            }
+
+
+def collate_records(records: list[dict[str, Any]]) -> dict[str, Any]:
+    batch = torch.utils.data.default_collate(records)
+    return batch | {"raw": [{"id": record["name"]} for record in records], "scale": torch.tensor(2.5), "kind": "train"}
+
+
+def read_records(split: bool) -> list[Any]:
+    PartialState(cpu=True)
+    loader = prepare(DataLoader(Records(7), batch_size=4 if split else 2, collate_fn=collate_records), split_batches=split)
+    found = []
+    for batch in loader:
+        assert batch["half"].dtype is torch.bfloat16
+        assert batch["half"].shape[1:] == (3,)
+        assert batch["wide"][1].dtype is torch.bool
+        assert batch["double"].dtype is torch.float64
+        assert (batch["scale"].item(), batch["kind"]) == (2.5, "train")
+        ids = batch["wide"][0].tolist()
+        assert batch["half"][:, 0].tolist() == batch["double"].tolist() == ids
+        assert batch["wide"][1].flatten().tolist() == [i > 2 for i in ids]
+        assert list(batch["name"]) == [record["id"] for record in batch["raw"]] == [f"n{i}" for i in ids]
+        batch["half"] += 1  # a rank owns what it got
+        found.append(ids)
+    return found
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_dispatched_batches_keep_structure_types_and_texts(split):
+    ranks = run_on_ranks(read_records, 2, split)
+    assert ranks == [[[0, 1], [4, 5]], [[2, 3], [6, 0]]]
+
+
+def slice_by_columns(batch: Any, rows: slice, process_index: int, num_processes: int) -> Any:
+    width = batch.shape[1] // num_processes
+    return batch[:, process_index * width : (process_index + 1) * width + process_index]
+
+
+def read_with_own_slices() -> list[Any]:
+    PartialState(cpu=True)
+    loader = prepare(
+        DataLoader(torch.arange(20).view(4, 5), batch_size=4),
+        dispatch_batches=True,
+        split_batches=True,
+        slice_fn_for_dispatch=slice_by_columns,
+    )
+    return numbers(loader)
+
+
+def test_slice_fn_may_give_ranks_different_shapes():
+    ranks = run_on_ranks(read_with_own_slices, 2)
+    rows = torch.arange(20).view(4, 5)
+    assert ranks == [[rows[:, :2].tolist()], [rows[:, 2:].tolist()]]
+
+
+class Varying(IterableDataset):
+    """Batches of sizes that nobody announced."""
+
+    def __init__(self, *sizes: int) -> None:
+        self.sizes = sizes
+
+    def __iter__(self) -> Any:
+        start = 0
+        for size in self.sizes:
+            yield torch.arange(start, start + size)
+            start += size
+
+
+class Mismatched(IterableDataset):
+    """A batch whose tensors do not have the same number of rows."""
+
+    def __iter__(self) -> Any:
+        yield {"x": torch.zeros(4), "mask": torch.zeros(1, 4)}
+
+
+def read_odd() -> dict[str, Any]:
+    PartialState(cpu=True)
+    found: dict[str, Any] = {"varying": numbers(prepare(DataLoader(Varying(2, 3, 1, 1, 4, 4, 1), batch_size=None)))}
+    with pytest.raises(DispatchError, match="slice_fn_for_dispatch"):
+        list(prepare(DataLoader(Mismatched(), batch_size=None)))
+    with pytest.raises(DispatchError, match="no tensor with rows"):
+        list(prepare(DataLoader(Counting(4), batch_size=2, collate_fn=str)))
+    broken_off = prepare(DataLoader(Counting(8), batch_size=1))
+    for batch in broken_off:
+        break
+    found["again"] = numbers(broken_off)
+    found["active"] = GradientState().in_dataloader
+    return found
+
+
+def test_uneven_reads_lose_no_sample_and_bad_batches_are_refused_everywhere():
+    ranks = run_on_ranks(read_odd, 2, timeout=30)
+    steps = list(zip(ranks[0]["varying"], ranks[1]["varying"], strict=True))
+    assert all(len(first) == len(second) for first, second in steps)
+    assert {i for first, second in steps for i in first + second} == set(range(16))
+    assert ranks[0]["varying"][0] == [0, 1, 2]  # 2 + 3 rows make 3 for each, the last one repeated from the start
+    assert ranks[1]["varying"][0] == [3, 4, 0]
+    assert [rank["again"] for rank in ranks] == [[[0], [2], [4], [6]], [[1], [3], [5], [7]]]
+    assert not ranks[0]["active"]
+
+
+def read_over_mesh() -> list[Any]:
+    state = PartialState(cpu=True)
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp_shard", "tp"))
+    found = []
+    for dispatch in (False, True):
+        loader = prepare(DataLoader(range(8), batch_size=2), dispatch_batches=dispatch, torch_device_mesh=mesh)
+        found.append((len(loader), loader.total_batch_size, numbers(loader)))
+    assert isinstance(loader, DataLoaderDispatcher)
+    assert loader.submesh_tp.size() == 2
+    assert loader.submesh_dp is None
+    return [state.process_index, *found]
+
+
+def test_ranks_of_one_tensor_parallel_group_read_the_same_batches():
+    for rank, *found in run_on_ranks(read_over_mesh, 4):
+        expected = [[0, 1], [4, 5]] if rank < 2 else [[2, 3], [6, 7]]
+        assert found == [(2, 4, expected)] * 2
+
+
+def resume_stateful() -> dict[str, Any]:
+    state = PartialState(cpu=True)
+    found: dict[str, Any] = {}
+    for name, dispatch in (("shard", False), ("dispatch", True)):
+
+        def make(dispatch: bool = dispatch) -> Any:
+            return prepare(
+                DataLoader(range(16), batch_size=2), dispatch_batches=dispatch, use_stateful_dataloader=True
+            )
+
+        loader = make()
+        saved = None
+        for step, _ in enumerate(loader):
+            if step == 1:
+                saved = loader.state_dict()
+                break
+        again = make()
+        again.load_state_dict(saved)
+        found[name] = [numbers(again), numbers(again)]
+    return found | {"rank": state.process_index}
+
+
+def test_stateful_loaders_continue_after_the_batches_the_loop_has_seen():
+    pytest.importorskip("torchdata")
+    for found in run_on_ranks(resume_stateful, 2):
+        shift = 2 * found["rank"]
+        whole = [[start + shift, start + shift + 1] for start in (0, 4, 8, 12)]
+        assert found["shard"] == found["dispatch"] == [whole[2:], whole]
+
+
+def inspect_prepared() -> list[Any]:
+    state = PartialState(cpu=True)
+    dataset = list(range(10))
+    loader = prepare(DataLoader(dataset, batch_size=3, num_workers=0))
+    assert isinstance(loader, DataLoaderShard)
+    assert isinstance(loader.batch_sampler, BatchSamplerShard)
+    assert loader.dataset is dataset
+    assert loader.batch_size is None
+    assert (loader.batch_sampler.batch_size, loader.batch_sampler.drop_last) == (3, False)
+    assert prepare(loader) is loader
+    # Trainer gives a sampler that shards by itself another place.
+    loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+    whole = numbers(loader)
+    sharded = prepare(DataLoader(Counting(5), batch_size=2), dispatch_batches=False)
+    assert isinstance(sharded.dataset, IterableDatasetShard)
+    return [state.process_index, whole]
+
+
+def test_prepared_loader_has_the_attributes_clients_use():
+    for _, whole in run_on_ranks(inspect_prepared, 2):
+        assert whole == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 1]]

@@ -1,0 +1,101 @@
+"""Run a function on several real gloo processes, as if it were one call."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """Return a port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _work(rank: int, world_size: int, port: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+        LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+        ACCELERATE_USE_CPU="true",
+    )
+    faulthandler.enable()
+    import torch
+
+    torch.set_num_threads(1)
+    status, value = "ok", None
+    try:
+        value = fn(*args)
+    except BaseException as error:  # reported in the parent, whatever it is
+        status, value = "error", (repr(error), traceback.format_exc())
+    (Path(folder) / f"{rank}.tmp").write_bytes(pickle.dumps((status, value)))
+    os.rename(f"{folder}/{rank}.tmp", f"{folder}/{rank}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # a forked copy of the test process must not run its exit handlers
+
+
+def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
+    """Return what `fn(*args)` gave on each of `world_size` ranks.
+
+    Each rank is a forked process with a launcher's variables set; nothing is started for it, so `fn` builds its own
+    `PartialState` or `Accelerator`.
+
+    Raises:
+        AssertionError: With the traceback of the first rank that raised, or the ranks that did not come back.
+    """
+    context = mp.get_context("fork")
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        workers = [
+            context.Process(target=_work, args=(rank, world_size, port, folder, fn, args)) for rank in range(world_size)
+        ]
+        for worker in workers:
+            worker.start()
+        # A rank that died leaves the others waiting for it, so no rank is waited for alone.
+        waited, dead = 0.0, []
+        while any(worker.is_alive() for worker in workers) and waited < timeout:
+            workers[0].join(0.02) if workers[0].is_alive() else next(w for w in workers if w.is_alive()).join(0.02)
+            waited += 0.02
+            if any(_failed(folder, rank) for rank in range(world_size)):
+                for worker in workers:
+                    worker.join(5)
+                break
+        for rank, worker in enumerate(workers):
+            if worker.is_alive():
+                worker.kill()
+                dead.append(f"rank {rank} did not come back in {timeout} s")
+            worker.join()
+            if worker.exitcode and not (Path(folder) / str(rank)).exists() and worker.exitcode != -9:
+                dead.append(f"rank {rank} died with exit code {worker.exitcode}")
+        results = [_read(folder, rank) for rank in range(world_size)]
+    for rank, (status, value) in enumerate(results):
+        if status == "error":
+            raise AssertionError(f"rank {rank} raised {value[0]}\n{value[1]}")
+    if dead:
+        raise AssertionError("; ".join(dead))
+    return [value for _, value in results]
+
+
+def _failed(folder: str, rank: int) -> bool:
+    return (Path(folder) / str(rank)).exists() and _read(folder, rank)[0] == "error"
+
+
+def _read(folder: str, rank: int) -> tuple[str, Any]:
+    file = Path(folder) / str(rank)
+    return pickle.loads(file.read_bytes()) if file.exists() else ("missing", None)

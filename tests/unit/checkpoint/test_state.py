@@ -1,0 +1,526 @@
+"""A run is saved and continued as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import lr_scheduler
+
+from accelerate.checkpoint import commit, durable, layout, manifest, train_state
+from accelerate.checkpoint.weights import load
+from accelerate.core.errors import CheckpointError
+from accelerate.session import save as saving
+
+from .support import Counter, Run, Tied, same_bits
+
+_SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "step": lambda o: lr_scheduler.StepLR(o, 2),
+    "multistep": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "onecycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+}
+_OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "groups": lambda p: torch.optim.AdamW([{"params": [q], "lr": 0.01 * (i + 1)} for i, q in enumerate(p)]),
+    "lr tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+}
+
+
+class Training:
+    """A few steps with dropout and noise of all generators."""
+
+    def __init__(self, optimizer: str, scheduler: str, seed: int):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2)
+        )
+        self.optimizer = _OPTIMIZERS[optimizer](list(self.model.parameters()))
+        self.scheduler = _SCHEDULERS[scheduler](self.optimizer)
+
+    def steps(self, count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            data = torch.randn(6, 4) + random.random() + float(np.random.rand())
+            loss = self.model(data).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def run(self) -> Run:
+        return Run().having(models=[self.model], optimizers=[self.optimizer], schedulers=[self.scheduler])
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "scheduler"),
+    [("adamw", name) for name in _SCHEDULERS] + [(name, "step") for name in _OPTIMIZERS if name != "adamw"],
+)
+def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str, scheduler: str) -> None:
+    first = Training(optimizer, scheduler, seed=1)
+    first.steps(4)
+    first.run().save(tmp_path / "c", step=3)
+    expected = first.steps(4)
+
+    second = Training(optimizer, scheduler, seed=2)
+    loaded = second.run().load(tmp_path / "c")
+    assert loaded.step == 3
+    assert second.steps(4) == expected
+    assert same_bits(dict(second.model.state_dict()), dict(first.model.state_dict()))
+    assert same_bits(second.optimizer.state_dict(), first.optimizer.state_dict())
+    assert same_bits(second.scheduler.state_dict(), first.scheduler.state_dict())
+
+
+def test_files_of_a_full_run(tmp_path: Path) -> None:
+    one, two = Training("adamw", "step", 1), Training("sgd", "step", 1)
+    run = Run().having(
+        models=[one.model, two.model],
+        optimizers=[one.optimizer, two.optimizer],
+        schedulers=[one.scheduler, two.scheduler],
+        dataloaders=[Loader()],
+        scaler=torch.amp.GradScaler("cpu"),
+        custom_objects=[Counter(3), Counter(torch.ones(2))],
+    )
+    one.steps(1)
+    two.steps(1)
+    path = run.save(tmp_path / "c")
+    assert path == tmp_path / "c"
+    assert sorted(durable.files_below(path)) == sorted(
+        """accelerate_manifest.json custom_checkpoint_0.json custom_checkpoint_1.json custom_checkpoint_1.safetensors
+        model.safetensors model_1.safetensors optimizer.json optimizer.safetensors optimizer_1.json
+        optimizer_1.safetensors random_states_0.json random_states_0.safetensors sampler.json sampler.safetensors
+        scaler.json scheduler.json scheduler_1.json""".split()
+    )
+    found = manifest.read(path)
+    assert found is not None
+    manifest.check(path, found, hashes=True)
+    for name in durable.files_below(path):
+        assert not (path / name).read_bytes().startswith((b"\x80", b"PK")), f"{name} is a pickle"
+
+
+class Sampler:
+    def __init__(self) -> None:
+        self.epoch, self.initial_seed, self.generator = 0, 5, torch.Generator()
+
+
+class Loader:
+    """What a checkpoint looks at in a prepared loader."""
+
+    def __init__(self, stateful: bool = False):
+        self.iteration = 0
+        self.sampler = Sampler()
+        self.use_stateful_dataloader = stateful
+        self.position = 0
+
+    def get_sampler(self) -> Sampler:
+        return self.sampler
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def test_loaders_and_scaler_come_back(tmp_path: Path) -> None:
+    loader, plain, scaler = Loader(stateful=True), Loader(), torch.amp.GradScaler("cpu", init_scale=8.0)
+    loader.iteration = plain.iteration = 2
+    loader.sampler.epoch, loader.position, plain.position = 2, 7, 7
+    loader.sampler.generator.manual_seed(3)
+    expected = loader.sampler.generator.get_state()
+    run = Run().having(dataloaders=[loader, plain], scaler=scaler, custom_objects=[Counter(("a", 1))])
+    run.save(tmp_path / "c")
+
+    loader, plain, scaler, counter = Loader(stateful=True), Loader(), torch.amp.GradScaler("cpu"), Counter()
+    Run().having(dataloaders=[loader, plain], scaler=scaler, custom_objects=[counter]).load(tmp_path / "c")
+    assert (loader.iteration, loader.sampler.epoch, loader.position) == (2, 2, 7)
+    assert (plain.iteration, plain.position) == (2, 0)
+    assert torch.equal(loader.sampler.generator.get_state(), expected)
+    assert scaler.get_scale() == 8.0
+    assert counter.value == ("a", 1)
+
+
+def test_half_precision_and_tied_models(tmp_path: Path) -> None:
+    tied, half = Tied(), torch.nn.Linear(2, 2).bfloat16()
+    Run().having(models=[tied, half]).save(tmp_path / "c")
+    fresh = [Tied(), torch.nn.Linear(2, 2).bfloat16()]
+    Run().having(models=fresh).load(tmp_path / "c")
+    assert same_bits(dict(fresh[0].state_dict()), dict(tied.state_dict()))
+    assert same_bits(dict(fresh[1].state_dict()), dict(half.state_dict()))
+    assert fresh[0].a.weight is fresh[0].b.weight
+
+
+def test_weights_as_pickles_only_when_asked(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    Run().having(models=[model]).save(tmp_path / "c", safe_serialization=False)
+    assert (tmp_path / "c" / "pytorch_model.bin").is_file()
+    assert not (tmp_path / "c" / "model.safetensors").exists()
+    other = torch.nn.Linear(2, 2)
+    Run().having(models=[other]).load(tmp_path / "c")
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_no_folder_and_no_naming(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="automatic_checkpoint_naming"):
+        Run().save()
+    with pytest.raises(ValueError, match="automatic_checkpoint_naming"):
+        Run().load()
+    with pytest.raises(ValueError, match="project_dir"):
+        Run(automatic_checkpoint_naming=True).save()
+    with pytest.raises(ValueError, match="absent"):
+        Run().load(tmp_path / "absent")
+
+
+def test_automatic_naming_counts_rotates_and_resumes(tmp_path: Path) -> None:
+    counter = Counter(0)
+    run = Run(tmp_path, automatic_checkpoint_naming=True, total_limit=2).having(custom_objects=[counter])
+    seen = []
+    for counter.value in range(3):
+        run.save()
+        seen.append(sorted(os.listdir(tmp_path / "checkpoints")))
+    assert seen == [["checkpoint_0"], ["checkpoint_0", "checkpoint_1"], ["checkpoint_1", "checkpoint_2"]]
+    assert run.project.iteration == 3
+
+    counter = Counter()
+    run = Run(tmp_path, automatic_checkpoint_naming=True, total_limit=2).having(custom_objects=[counter])
+    assert run.load().folder.name == "checkpoint_2"
+    assert (counter.value, run.project.iteration) == (2, 3)
+    assert run.save().name == "checkpoint_3"
+
+
+def test_an_existing_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    Run(tmp_path, automatic_checkpoint_naming=True).save()
+    run = Run(tmp_path, automatic_checkpoint_naming=True)
+    with pytest.raises(ValueError, match="exists already"):
+        run.save()
+    assert run.project.iteration == 0
+
+
+def test_explicit_folders_count_too(tmp_path: Path) -> None:
+    run = Run()
+    run.save(tmp_path / "a")
+    run.save(str(tmp_path / "a"))
+    assert run.project.iteration == 2
+
+
+def test_the_oldest_goes_only_when_the_newest_is_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, automatic_checkpoint_naming=True, total_limit=1)
+    run.save()
+    events: list[str] = []
+    real_flush, real_rotate = durable.flush_folder, commit.rotate
+
+    def flush(folder: Path) -> None:
+        events.append(folder.name)
+        real_flush(folder)
+
+    def rotate(*args: Any) -> list[str]:
+        assert (tmp_path / "checkpoints" / "checkpoint_1").is_dir()
+        events.append("rotate")
+        return real_rotate(*args)
+
+    monkeypatch.setattr(durable, "flush_folder", flush)
+    monkeypatch.setattr(saving.commit, "rotate", rotate)
+    run.save()
+    assert events[-2:] == ["checkpoints", "rotate"]
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = Counter("old")
+    run = Run(tmp_path, automatic_checkpoint_naming=True, total_limit=1).having(custom_objects=[counter])
+    run.save()
+    counter.value = lambda: 0
+    with pytest.raises(CheckpointError, match=r"custom_checkpoint_0 -> 'value' is a function"):
+        run.save()
+    assert os.listdir(tmp_path / "checkpoints") == ["checkpoint_0"]
+    assert run.project.iteration == 1
+    counter.value = None
+    run.load()
+    assert counter.value == "old"
+
+
+def test_a_new_save_removes_what_the_old_one_had_more(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    Run().having(models=[Tied(), Tied()], custom_objects=[Counter(1)]).save(tmp_path)
+    Run().having(models=[Tied()]).save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [
+        "accelerate_manifest.json",
+        "model.safetensors",
+        "notes.txt",
+        "random_states_0.json",
+        "random_states_0.safetensors",
+    ]
+
+
+def test_hooks_take_models_out(tmp_path: Path) -> None:
+    calls = []
+
+    def on_save(models: list[Any], weights: list[Any], folder: str) -> None:
+        calls.append(([type(m).__name__ for m in models], len(weights), Path(folder).name))
+        (Path(folder) / "adapter").mkdir()
+        (Path(folder) / "adapter" / "a.txt").write_text("mine")
+        weights.pop()
+
+    def on_load(models: list[Any], folder: str) -> None:
+        calls.append((Path(folder) / "adapter" / "a.txt").read_text())
+        models.pop()
+
+    model = Tied()
+    run = Run().having(models=[model])
+    run.save(tmp_path / "hooks", pre_hooks=[on_save])
+    assert not (tmp_path / "hooks" / "model.safetensors").exists()
+    run.load(tmp_path / "hooks", pre_hooks=[on_load])
+    assert calls == [(["Tied"], 1, "hooks"), "mine"]
+
+
+def test_numbers_of_objects_have_to_match(tmp_path: Path) -> None:
+    Run().having(models=[Tied()], custom_objects=[Counter(1)]).save(tmp_path / "c")
+    with pytest.raises(RuntimeError, match="1 registered objects, and 0"):
+        Run().having(models=[Tied()]).load(tmp_path / "c")
+    with pytest.raises(FileNotFoundError, match="model 1"):
+        Run().having(models=[Tied(), Tied()], custom_objects=[Counter()]).load(tmp_path / "c")
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    with pytest.raises(FileNotFoundError, match="optimizer"):
+        Run().having(optimizers=[torch.optim.SGD(parameters)], custom_objects=[Counter()]).load(tmp_path / "c")
+    Run().having(custom_objects=[Counter()]).load(tmp_path / "c")
+
+
+def test_arguments_for_the_model(tmp_path: Path) -> None:
+    Run().having(models=[torch.nn.Linear(2, 2)]).save(tmp_path / "c")
+    more = torch.nn.ModuleDict({"x": torch.nn.Linear(1, 1)})
+    with pytest.raises(RuntimeError, match="Missing key"):
+        Run().having(models=[more]).load(tmp_path / "c")
+    Run().having(models=[more]).load(tmp_path / "c", load_model_kwargs={"strict": False})
+    with pytest.raises(TypeError):
+        Run().having(models=[more]).load(tmp_path / "c", load_model_kwargs={"unknown": 1})
+
+
+# Incomplete and damaged folders
+
+
+@pytest.mark.parametrize("harm", ["manifest", "missing", "truncated", "emptied"])
+def test_the_newest_complete_checkpoint_is_taken(tmp_path: Path, harm: str) -> None:
+    counter = Counter(0)
+    run = Run(tmp_path, automatic_checkpoint_naming=True).having(models=[Tied()], custom_objects=[counter])
+    run.save()
+    counter.value = 1
+    run.save()
+    newest = tmp_path / "checkpoints" / "checkpoint_1"
+    if harm == "manifest":
+        (newest / layout.MANIFEST_NAME).unlink()
+    elif harm == "missing":
+        (newest / "custom_checkpoint_0.json").unlink()
+    elif harm == "truncated":
+        os.truncate(newest / "model.safetensors", 40)
+    else:
+        shutil.rmtree(newest)
+        newest.mkdir()
+    with pytest.warns(UserWarning, match="checkpoint_1"):
+        assert run.load().folder.name == "checkpoint_0"
+    assert counter.value == 0
+    with pytest.raises(CheckpointError, match=r"manifest|missing|bytes|registered"):
+        run.load(newest)
+
+
+def test_no_complete_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "checkpoint_0").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint.*checkpoint_0"):
+        Run(tmp_path, automatic_checkpoint_naming=True).load()
+
+
+def test_a_folder_without_manifest_only_when_asked(tmp_path: Path) -> None:
+    counter = Counter(1)
+    run = Run().having(custom_objects=[counter])
+    run.save(tmp_path / "c")
+    (tmp_path / "c" / layout.MANIFEST_NAME).unlink()
+    with pytest.raises(CheckpointError, match="strict=False"):
+        run.load(tmp_path / "c")
+    counter.value = 0
+    run.load(tmp_path / "c", strict=False)
+    assert counter.value == 1
+
+
+def test_a_save_cut_off_at_its_end_is_finished_by_loading(tmp_path: Path) -> None:
+    counter = Counter("old")
+    run = Run().having(custom_objects=[counter])
+    run.save(tmp_path / "c")
+    counter.value = "new"
+    run.save(tmp_path / "d")
+    pending = tmp_path / "c" / layout.COMMIT_NAME
+    pending.mkdir()
+    (tmp_path / "d").rename(pending / "c")
+    (pending / layout.JOURNAL_NAME).write_text('{"folder": "c", "remove": []}')
+    run.load(tmp_path / "c")
+    assert counter.value == "new"
+    assert not pending.exists()
+
+
+def test_a_newer_format_is_named(tmp_path: Path) -> None:
+    Run().save(tmp_path / "c")
+    file = tmp_path / "c" / layout.MANIFEST_NAME
+    file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
+    with pytest.raises(CheckpointError, match="format 99"):
+        Run().load(tmp_path / "c")
+
+
+def test_changed_bytes_of_the_same_size_are_seen_by_hashes(tmp_path: Path) -> None:
+    Run().having(models=[Tied()]).save(tmp_path / "c")
+    file = tmp_path / "c" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    found = manifest.read(tmp_path / "c")
+    assert found is not None
+    manifest.check(tmp_path / "c", found)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has other content"):
+        manifest.check(tmp_path / "c", found, hashes=True)
+
+
+# Random states
+
+
+def test_what_of_the_random_states_is_not_restored_is_named(tmp_path: Path) -> None:
+    Run().save(tmp_path / "c")
+    state = train_state.read_state(tmp_path / "c", "random_states_0")
+    del state["torch_manual_seed"]
+    train_state.write_state(tmp_path, "random_states_0", state)
+    cpu = Run().runtime.hardware
+    with pytest.warns(UserWarning, match=r"rank 0: torch_manual_seed \(not in the checkpoint\)"):
+        train_state.load_random_state(tmp_path, 0, 1, cpu, strict=True)
+    train_state.write_state(tmp_path, "random_states_0", state | {"torch_manual_seed": "wrong"})
+    with pytest.raises(CheckpointError, match="torch_manual_seed"):
+        train_state.load_random_state(tmp_path, 0, 1, cpu, strict=True)
+    with pytest.warns(UserWarning, match="torch_manual_seed"):
+        train_state.load_random_state(tmp_path, 0, 1, cpu, strict=False)
+
+
+def test_a_rank_that_was_not_there_keeps_its_state_and_says_so(tmp_path: Path) -> None:
+    Run().save(tmp_path / "c")
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="Rank 3 keeps its own random state.*1 ranks"):
+        train_state.load_random_state(tmp_path / "c", 3, 1, Run().runtime.hardware, strict=True)
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(CheckpointError, match="Rank 3"):
+        train_state.load_random_state(tmp_path / "c", 3, 8, Run().runtime.hardware, strict=True)
+
+
+# Folders of Accelerate 1.x
+
+
+def peer_folder(folder: Path, training: Training, custom: Any = None) -> None:
+    folder.mkdir(parents=True)
+    torch.save(training.model.state_dict(), folder / "pytorch_model.bin")
+    torch.save(training.optimizer.state_dict(), folder / "optimizer.bin")
+    torch.save(training.scheduler.state_dict(), folder / "scheduler.bin")
+    torch.save(torch.amp.GradScaler("cpu", init_scale=8.0).state_dict(), folder / "scaler.pt")
+    torch.save({"value": custom}, folder / "custom_checkpoint_0.pkl")
+    states = {"random_state": random.getstate(), "numpy_random_seed": np.random.get_state()}
+    torch.save({"step": 4, **states, "torch_manual_seed": torch.get_rng_state()}, folder / "random_states_0.pkl")
+
+
+def test_a_folder_of_the_peer_is_continued(tmp_path: Path) -> None:
+    first = Training("adamw", "multistep", 1)
+    first.steps(3)
+    peer_folder(tmp_path / "checkpoints" / "checkpoint_4", first, [1, torch.ones(1)])
+    expected = first.steps(3)
+    second, scaler, counter = Training("adamw", "multistep", 2), torch.amp.GradScaler("cpu"), Counter()
+    run = Run(tmp_path, automatic_checkpoint_naming=True)
+    run.objects = second.run().having(scaler=scaler, custom_objects=[counter]).objects
+    loaded = run.load()
+    assert (loaded.step, loaded.iteration) == (4, 5)
+    assert (scaler.get_scale(), counter.value) == (8.0, [1, torch.ones(1)])
+    assert second.steps(3) == expected
+
+
+class Canary:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = str(file)
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path(self.file),))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pytorch_model.bin",
+        "optimizer.bin",
+        "scheduler.bin",
+        "scaler.pt",
+        "custom_checkpoint_0.pkl",
+        "random_states_0.pkl",
+    ],
+)
+@pytest.mark.parametrize("raw", [False, True], ids=["torch.save", "pickle"])
+@pytest.mark.parametrize("strict", [True, False])
+def test_no_code_of_a_pickle_runs(tmp_path: Path, name: str, raw: bool, strict: bool) -> None:
+    training = Training("sgd", "step", 1)
+    folder = tmp_path / "c"
+    peer_folder(folder, training)
+    poison = {"x": Canary(tmp_path / "canary")}
+    if raw:
+        (folder / name).write_bytes(pickle.dumps(poison, protocol=2))
+    else:
+        torch.save(poison, folder / name)
+    run = training.run().having(scaler=torch.amp.GradScaler("cpu"), custom_objects=[Counter()])
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        run.load(folder, strict=strict)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_the_canary_sings_when_trusted(tmp_path: Path) -> None:
+    torch.save(Canary(tmp_path / "canary"), tmp_path / "f")
+    with pytest.raises(pickle.UnpicklingError):
+        load(tmp_path / "f")
+    assert not (tmp_path / "canary").exists()
+    load(tmp_path / "f", weights_only=False)
+    assert (tmp_path / "canary").exists()
+
+
+def test_a_peer_folder_says_nothing_of_loaders(tmp_path: Path) -> None:
+    training = Training("sgd", "step", 1)
+    peer_folder(tmp_path / "c", training)
+    torch.save({"position": 3}, tmp_path / "c" / "dl_state_dict.bin")
+    loader = Loader(stateful=True)
+    run = training.run().having(dataloaders=[loader], custom_objects=[Counter()])
+    with pytest.warns(UserWarning, match="loader 0"):
+        run.load(tmp_path / "c")
+    assert loader.position == 3
+
+
+def test_rotation_that_fails_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rotate(*_: Any) -> list[str]:
+        raise PermissionError("no")
+
+    run = Run(tmp_path, automatic_checkpoint_naming=True, total_limit=1)
+    monkeypatch.setattr(saving.commit, "rotate", rotate)
+    with pytest.warns(UserWarning, match="could not be removed"):
+        run.save()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run.load()

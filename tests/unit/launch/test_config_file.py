@@ -1,0 +1,141 @@
+"""The configuration file: where it lies, what loads, and what is refused with file, line and key."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from accelerate.core.enums import DistributedType
+from accelerate.settings import config_file
+
+# What `accelerate config default` of version 1.15 writes on a machine without accelerators.
+PEER_DEFAULT = {
+    "compute_environment": "LOCAL_MACHINE",
+    "debug": False,
+    "distributed_type": "NO",
+    "downcast_bf16": False,
+    "enable_cpu_affinity": False,
+    "machine_rank": 0,
+    "main_training_function": "main",
+    "mixed_precision": "bf16",
+    "num_machines": 1,
+    "num_processes": 1,
+    "rdzv_backend": "static",
+    "same_network": False,
+    "tpu_use_cluster": False,
+    "tpu_use_sudo": False,
+    "use_cpu": True,
+}
+
+
+def write(folder: Path, text: str, name: str = "config.yaml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.json"])
+def test_a_file_of_version_1_loads_and_is_written_back_the_same(tmp_path, name):
+    path = write(tmp_path, json.dumps(PEER_DEFAULT, indent=2), name)
+
+    config = config_file.load_config_from_file(path)
+
+    assert config.to_dict() == PEER_DEFAULT
+    config.to_yaml_file(tmp_path / "again.yaml")
+    config.to_json_file(tmp_path / "again.json")
+    assert config_file.load_config_from_file(tmp_path / "again.yaml") == config
+    assert config_file.load_config_from_file(tmp_path / "again.json") == config
+
+
+def test_an_old_file_with_empty_sections_and_words_for_booleans_loads(tmp_path):
+    path = write(
+        tmp_path,
+        "compute_environment: LOCAL_MACHINE\ndeepspeed_config: {}\nfsdp_config: null\ndistributed_type: MULTI_GPU\n"
+        "downcast_bf16: 'no'\nfp16: true\ndynamo_backend: INDUCTOR\nmain_process_ip: null\nuse_cpu: false\n",
+    )
+
+    config = config_file.load_config_from_file(path)
+
+    assert config.distributed_type == DistributedType.MULTI_GPU
+    assert (config.mixed_precision, config.downcast_bf16, config.num_processes) == ("fp16", False, -1)
+    assert config.dynamo_config == {"dynamo_backend": "INDUCTOR"}
+    assert config.fsdp_config == {}
+
+
+def test_an_unquoted_no_means_the_word(tmp_path):
+    config = config_file.load_config_from_file(write(tmp_path, "distributed_type: NO\nmixed_precision: no\n"))
+
+    assert (config.distributed_type.value, config.mixed_precision, config.num_processes) == ("NO", "no", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("distributed_type: 'NO'\nmixed_precission: bf16\n", "'mixed_precission' is not a key of a configuration file "
+         "(mixed_precission in {path}, line 2). Did you mean 'mixed_precision'?"),
+        ("distributed_type: MULTI_GPUS\n", "The key distributed_type has the value 'MULTI_GPUS', which is not known "
+         "(distributed_type in {path}, line 1)."),
+        ("use_cpu: true\n", "The key distributed_type is missing (distributed_type in {path})."),
+        ("distributed_type: 'NO'\nnum_processes: two\n", "num_processes='two' has a wrong type (num_processes in {path}, "
+         "line 2).\nAccepted: an integer."),
+        ("distributed_type: 'NO'\nuse_cpu: perhaps\n", "use_cpu='perhaps' has a wrong type (use_cpu in {path}, line 2)."),
+        ("distributed_type: 'NO'\ndynamo_config:\n  mod: default\n", "'mod' is not a key of dynamo_config "
+         "(dynamo_config.mod in {path}, line 3). Did you mean 'dynamo_mode'?"),
+        ("distributed_type: 'NO'\nuse_cpu: true\nuse_cpu: false\n", "'use_cpu' stands at line 2 and again at line 3"),
+        ("- a\n- b\n", "{path} is not a configuration file: it does not hold `key: value` lines."),
+        ("", "{path} is not a configuration file: it does not hold `key: value` lines."),
+        ("distributed_type: [\n", "{path} is not a configuration file: while parsing"),
+        ("distributed_type: !!python/object/apply:os.system ['true']\n", "{path} is not a configuration file: could not "
+         "determine a constructor"),
+        ("compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\n", "compute_environment=AMAZON_SAGEMAKER "
+         "(compute_environment in {path}, line 1) needs SageMaker support"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_refused_by_name_and_line(tmp_path, text, expected):
+    path = write(tmp_path, text)
+
+    with pytest.raises(ValueError) as caught:
+        config_file.load_config_from_file(path)
+
+    assert expected.format(path=path) in str(caught.value)
+
+
+def test_a_json_file_is_refused_by_line_too(tmp_path):
+    path = write(tmp_path, '{\n  "distributed_type": "NO",\n  "debugs": true\n}', "config.json")
+
+    with pytest.raises(ValueError, match=r"debugs in .*config\.json, line 3.*Did you mean 'debug'"):
+        config_file.load_config_from_file(path)
+
+
+def test_a_huge_file_is_not_read(tmp_path):
+    path = write(tmp_path, "#" * (config_file.SIZE_LIMIT_BYTES + 1))
+
+    with pytest.raises(ValueError, match="too large for a configuration file"):
+        config_file.load_config_from_file(path)
+
+
+def test_a_deeply_nested_file_is_refused_not_a_crash(tmp_path):
+    path = write(tmp_path, "distributed_type: " + "[" * 20000)
+
+    with pytest.raises(ValueError, match="is not a configuration file"):
+        config_file.load_config_from_file(path)
+
+
+def test_a_missing_file_is_a_file_not_found(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        config_file.load_config_from_file(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"HF_HOME": "/a", "XDG_CACHE_HOME": "/b"}, "/a/accelerate"),
+        ({"XDG_CACHE_HOME": "/b"}, "/b/huggingface/accelerate"),
+        ({}, "~/.cache/huggingface/accelerate"),
+        ({"HF_HOME": "~/hub"}, "~/hub/accelerate"),
+    ],
+)
+def test_the_place_of_the_default_file(environ, expected):
+    assert config_file.cache_folder(environ) == Path(expected).expanduser()

@@ -1,0 +1,77 @@
+"""Facts about the machine: counting devices without torch, and ports."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+
+from accelerate.launch import devices, machine
+from accelerate.launch.report import Failure, describe, exit_status
+from accelerate.launch.request import LaunchRequest
+
+
+@pytest.mark.parametrize(
+    ("variable", "expected"),
+    [
+        (None, 4), ("", 0), ("-1", 0), ("0", 1), ("0,2", 2), ("2, 3", 2), ("0,9,1", 1), ("0,0", 0), ("NoDevFiles", 0),
+        ("GPU-a,GPU-b", 2), ("MIG-a,MIG-b", 1), ("0,1,2,3,4", 4),
+    ],
+)  # fmt: skip
+def test_counting_what_the_variable_leaves_visible(variable, expected):
+    assert devices.visible_count(4, variable) == expected
+
+
+def test_without_devices_nothing_is_visible():
+    assert devices.visible_count(0, "0,1") == 0
+
+
+def test_the_build_of_torch_is_read_without_importing_it():
+    build = devices.torch_build()
+
+    assert build["__version__"] == torch.__version__
+    assert build["cuda"] == torch.version.cuda
+
+
+def test_the_count_agrees_with_torch():
+    assert devices.find({}).count == torch.accelerator.device_count() or not torch.accelerator.is_available()
+
+
+def test_a_port_is_taken_while_somebody_listens():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        assert not machine.is_port_free(port)
+        request = LaunchRequest.merge({"main_process_port": port, "cpu": True}, None, {}, script="s")
+        assert machine.survey(request, {}).port_is_taken
+    assert machine.is_port_free(port)
+
+
+def test_a_plain_launch_asks_the_machine_nothing(monkeypatch):
+    monkeypatch.setattr(devices, "find", lambda environ: pytest.fail("the devices were counted"))
+    request = LaunchRequest.merge({"num_processes": 1}, None, {}, script="s")
+
+    assert machine.survey(request, {}).devices is None
+
+
+def test_cores_are_at_least_one_and_at_most_what_is_allowed():
+    assert 1 <= machine.physical_cores()
+
+
+def test_the_report_ends_with_the_rank_that_failed_and_leaves_out_those_that_were_ended():
+    failures = [Failure(1, 11, 1, "Traceback\n  File x\nValueError: boom"), Failure(2, 12, -11), Failure(0, 10, -15)]
+
+    lines = describe(failures, 3).splitlines()
+
+    assert lines[0] == "[rank 1] Traceback"
+    assert lines[-2] == "accelerate: also, rank 2 (pid 12) was ended by SIGSEGV"
+    assert lines[-1].startswith("accelerate: rank 1 of 3 (pid 11 on ")
+    assert lines[-1].endswith("exited with code 1: ValueError: boom")
+    assert not any("rank 0" in line for line in lines)
+
+
+@pytest.mark.parametrize(("exitcode", "status"), [(0, 0), (3, 3), (-9, 137), (-15, 143)])
+def test_the_status_of_a_signal_is_what_a_shell_shows(exitcode, status):
+    assert exit_status(exitcode) == status

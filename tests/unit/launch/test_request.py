@@ -1,0 +1,140 @@
+"""What a launch was asked to do: precedence, origins, and contradictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from accelerate.core.errors import UnsupportedCombination
+from accelerate.launch.request import LaunchRequest
+from accelerate.settings import config_file
+
+
+def merged(flags: dict[str, Any] | None = None, file: Path | None = None, environ: dict[str, str] | None = None):
+    read = config_file.read(file) if file else None
+    return LaunchRequest.merge(flags or {}, read, environ or {}, script="train.py", script_args=("--lr", "1"))
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_nothing_said_is_the_default_everywhere():
+    assert merged() == LaunchRequest(script="train.py", script_args=("--lr", "1"))
+    assert not merged().was_given("num_processes")
+
+
+def test_a_flag_beats_a_variable_beats_the_file(tmp_path):
+    file = written(tmp_path, "distributed_type: MULTI_CPU\nmixed_precision: fp16\nnum_processes: 4\ndebug: true\n")
+    environ = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_DEBUG_MODE": "no"}
+
+    request = merged({"num_processes": 2}, file, environ)
+
+    assert (request.num_processes, request.mixed_precision, request.debug, request.cpu) == (2, "bf16", False, True)
+    assert request.describe("num_processes") == "num_processes=2 (from --num_processes)"
+    assert request.describe("mixed_precision") == "mixed_precision=bf16 (from the variable ACCELERATE_MIXED_PRECISION)"
+    assert request.describe("cpu") == f"cpu=True (from distributed_type in {file}, line 1)"
+    assert request.describe("machine_rank") == "machine_rank=0 (the default)"
+
+
+def test_a_section_of_the_file_is_read_key_by_key_and_flags_win_inside_it(tmp_path):
+    file = written(tmp_path, "distributed_type: 'NO'\ndynamo_config:\n  dynamo_backend: INDUCTOR\n  dynamo_mode: default\n")
+
+    request = merged({"dynamo_mode": "reduce-overhead"}, file)
+
+    assert (request.dynamo_backend, request.dynamo_mode) == ("inductor", "reduce-overhead")
+    assert request.describe("dynamo_backend").endswith(f"(from dynamo_config.dynamo_backend in {file}, line 3)")
+
+
+def test_a_number_of_minus_one_in_the_file_leaves_it_open(tmp_path):
+    assert merged(file=written(tmp_path, "distributed_type: MULTI_GPU\nnum_processes: -1\n")).num_processes is None
+
+
+def test_the_flag_multi_gpu_overrides_a_file_that_says_cpu_but_not_the_variable(tmp_path):
+    file = written(tmp_path, "distributed_type: MULTI_CPU\nnum_processes: 2\n")
+
+    assert merged({"multi_gpu": True}, file).cpu is False
+    assert merged({"multi_gpu": True, "num_processes": 2}, None, {"ACCELERATE_USE_CPU": "true"}).cpu is True
+
+
+@pytest.mark.parametrize(("ids", "expected"), [("all", None), ("0, 2", ("0", "2")), ("3", ("3",))])
+def test_gpu_ids(ids, expected):
+    assert merged({"gpu_ids": ids}).gpu_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"cpu": True, "multi_gpu": True}, "cpu=True (from --cpu) contradicts multi_gpu=True (from --multi_gpu)"),
+        ({"multi_gpu": True, "num_processes": 1}, "multi_gpu=True (from --multi_gpu) contradicts num_processes=1 (from"),
+        ({"module": True, "no_python": True}, "module=True (from --module) contradicts no_python=True (from --no_python)"),
+        ({"num_machines": 2}, "num_machines=2 (from --num_machines) needs the address of the first machine"),
+        ({"machine_rank": 1}, "machine_rank=1 (from --machine_rank) contradicts num_machines=1 (the default)"),
+        ({"gpu_ids": "0", "num_processes": 2}, "gpu_ids=0 (from --gpu_ids) contradicts num_processes=2 (from"),
+        ({"gpu_ids": "0", "multi_gpu": True}, "gpu_ids=0 (from --gpu_ids) contradicts multi_gpu=True (from --multi_gpu)"),
+        ({"gpu_ids": "0", "cpu": True}, "gpu_ids=0 (from --gpu_ids) contradicts cpu=True (from --cpu)"),
+        ({"num_processes": 3, "num_machines": 2, "main_process_ip": "a"}, "num_processes=3 (from --num_processes) contr"),
+        ({"main_process_port": 0, "num_machines": 2, "main_process_ip": "a"}, "main_process_port=0 (from"),
+        ({"mixed_precision": "fp32"}, "mixed_precision=fp32 (from --mixed_precision) is not known."),
+        ({"dynamo_backend": "fast"}, "dynamo_backend=fast (from --dynamo_backend) is not known."),
+        ({"num_processes": 0}, "num_processes=0 (from --num_processes) is out of range."),
+        ({"main_process_port": 70000}, "main_process_port=70000 (from --main_process_port) is out of range."),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 (from --gradient_accumulation_steps) is out"),
+        ({"rdzv_conf": "timeout"}, "rdzv_conf='timeout' cannot be read at 'timeout' (from --rdzv_conf)."),
+    ],
+)
+def test_what_cannot_work_is_refused_with_both_origins(flags, expected):
+    with pytest.raises(ValueError) as caught:
+        merged(flags)
+
+    assert expected in str(caught.value)
+    assert len(str(caught.value).splitlines()) >= 2, "an error names a remedy"
+
+
+def test_a_contradiction_between_the_file_and_a_flag_names_the_line(tmp_path):
+    file = written(tmp_path, "distributed_type: MULTI_GPU\nnum_processes: 1\n")
+
+    with pytest.raises(ValueError) as caught:
+        merged({"multi_gpu": True}, file)
+
+    assert f"num_processes=1 (from num_processes in {file}, line 2)" in str(caught.value)
+
+
+def test_a_contradiction_inside_the_file_names_both_lines(tmp_path):
+    file = written(tmp_path, "distributed_type: 'NO'\nnum_processes: 2\n")
+
+    with pytest.raises(ValueError) as caught:
+        merged({}, file)
+
+    assert f"(num_processes in {file}, line 2) contradicts distributed_type=NO (distributed_type in {file}, line 1)" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("distributed_type: FSDP\n", "distributed_type=FSDP (distributed_type in {file}, line 1) needs the FSDP engine"),
+        ("distributed_type: DEEPSPEED\n", "needs the DeepSpeed engine"),
+        ("distributed_type: XLA\n", "needs the XLA engine"),
+        ("distributed_type: MULTI_GPU\nfsdp_config:\n  fsdp_version: 2\n", "fsdp_config (fsdp_config in {file}, line 2)"),
+        ("distributed_type: 'NO'\nfp8_config:\n  backend: TE\n", "fp8_config (fp8_config in {file}, line 2) needs an fp8"),
+        ("distributed_type: 'NO'\nmain_training_function: run\n", "main_training_function='run'"),
+    ],
+)
+def test_a_setting_whose_engine_is_not_here_is_refused_never_ignored(tmp_path, text, expected):
+    file = written(tmp_path, text)
+
+    with pytest.raises(UnsupportedCombination) as caught:
+        merged({}, file)
+
+    assert expected.format(file=file) in str(caught.value)
+
+
+def test_a_variable_that_cannot_be_read_is_named():
+    with pytest.raises(ValueError, match="OMP_NUM_THREADS='many' in the environment cannot be read"):
+        merged(environ={"OMP_NUM_THREADS": "many"})
