@@ -14,13 +14,9 @@ def loaders(batch_size: int) -> tuple[DataLoader, DataLoader]:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)
-    parts = train_test_split(
-        images, labels, test_size=0.2, random_state=0, stratify=labels
-    )
+    parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = parts
-    train = DataLoader(
-        TensorDataset(train_images, train_labels), batch_size=batch_size, shuffle=True
-    )
+    train = DataLoader(TensorDataset(train_images, train_labels), batch_size=batch_size, shuffle=True)
     test = DataLoader(TensorDataset(test_images, test_labels), batch_size=batch_size)
     return train, test
 

@@ -6,27 +6,21 @@ import argparse
 from pathlib import Path
 
 import torch
-from data import loaders, network
 from torch import nn
 
 from accelerate import Accelerator
 from accelerate.utils import tqdm
+from data import loaders, network
 
 
-def train(
-    epochs: int, batch_size: int, folder: Path, resume: bool
-) -> tuple[float, int]:
+def train(epochs: int, batch_size: int, folder: Path, resume: bool) -> tuple[float, int]:
     accelerator = Accelerator()
     torch.manual_seed(0)
     train_loader, test_loader = loaders(batch_size)
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 5e-3, total_steps=epochs * len(train_loader)
-    )
-    prepared = accelerator.prepare(
-        model, optimizer, scheduler, train_loader, test_loader
-    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=epochs * len(train_loader))
+    prepared = accelerator.prepare(model, optimizer, scheduler, train_loader, test_loader)
     model, optimizer, scheduler, train_loader, test_loader = prepared
     start = 0
 
@@ -48,9 +42,7 @@ def train(
         accelerator.save_state(folder / "checkpoint")
 
     accelerator.save_model(model, folder)
-    accelerator.print(
-        f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.safetensors'}"
-    )
+    accelerator.print(f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.safetensors'}")
     return accuracy, count
 
 

@@ -6,21 +6,18 @@ import argparse
 from pathlib import Path
 
 import torch
-from data import loaders, network
 from torch import nn
 from tqdm.auto import tqdm
 
+from data import loaders, network
 
-def train(
-    epochs: int, batch_size: int, folder: Path, resume: bool
-) -> tuple[float, int]:
+
+def train(epochs: int, batch_size: int, folder: Path, resume: bool) -> tuple[float, int]:
     torch.manual_seed(0)
     train_loader, test_loader = loaders(batch_size)
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 5e-3, total_steps=epochs * len(train_loader)
-    )
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=epochs * len(train_loader))
     start = 0
 
     if resume:
@@ -50,9 +47,7 @@ def train(
         torch.save({"epoch": epoch + 1, **state}, folder / "checkpoint.pt")
 
     torch.save(model.state_dict(), folder / "model.pt")
-    print(
-        f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.pt'}"
-    )
+    print(f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.pt'}")
     return accuracy, count
 
 

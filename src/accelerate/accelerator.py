@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -145,9 +145,7 @@ class Accelerator:
 
     def _keep_public_attributes(self, plan: ParallelPlan) -> None:
         settings, handlers = plan.settings, plan.settings.handlers
-        self.gradient_state = GradientState(
-            gradient_accumulation_plugin=settings.accumulation
-        )
+        self.gradient_state = GradientState(gradient_accumulation_plugin=settings.accumulation)
         # Defaults are left out of plugin_kwargs, yet readers expect the number of steps there.
         self.gradient_state.plugin_kwargs.setdefault("num_steps", 1)
         self._precision = plan.precision
@@ -175,12 +173,8 @@ class Accelerator:
         self._alone = plan.runtime.process.world_size == 1
         self._backward_ran = self._alone
         # Engines that this version does not have; clients ask for them.
-        self.fp8_recipe_handler = self.te_recipe_handler = self.msamp_recipe_handler = (
-            self.ao_recipe_handler
-        ) = None
-        self.fp8_enabled = self.has_fp8_handler = self.has_lomo_optimizer = (
-            self.delayed_fp8_autocast
-        ) = False
+        self.fp8_recipe_handler = self.te_recipe_handler = self.msamp_recipe_handler = self.ao_recipe_handler = None
+        self.fp8_enabled = self.has_fp8_handler = self.has_lomo_optimizer = self.delayed_fp8_autocast = False
         self.deepspeed_engine_wrapped = None
 
     # Process control ---------------------------------------------------------------------------------------------
@@ -256,21 +250,15 @@ class Accelerator:
         """Run the body on each machine's first process, then on the others. Called on all ranks; collective."""
         return self.state.local_main_process_first()
 
-    def split_between_processes(
-        self, inputs: Any, apply_padding: bool = False
-    ) -> AbstractContextManager[Any]:
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> AbstractContextManager[Any]:
         """Give each rank its share of some inputs; see `PartialState.split_between_processes`."""
         return self.state.split_between_processes(inputs, apply_padding=apply_padding)
 
-    def on_main_process(
-        self, function: Callable[..., Any] | None = None
-    ) -> Callable[..., Any]:
+    def on_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """Decorate a function to run on rank 0 only; the others get `None`."""
         return self._partial_state.on_main_process(function)
 
-    def on_local_main_process(
-        self, function: Callable[..., Any] | None = None
-    ) -> Callable[..., Any]:
+    def on_local_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """Decorate a function to run on the first process of each machine only."""
         return self._partial_state.on_local_main_process(function)
 
@@ -292,9 +280,7 @@ class Accelerator:
         local_process_index: int | None = None,
     ) -> Callable[..., Any]:
         """Decorate a function to run on one process of each machine only."""
-        return self._partial_state.on_local_process(
-            function, local_process_index=local_process_index
-        )
+        return self._partial_state.on_local_process(function, local_process_index=local_process_index)
 
     def print(self, *args: Any, **kwargs: Any) -> None:
         """Print on the first process of each machine only."""
@@ -338,9 +324,7 @@ class Accelerator:
             device_placement: Whether to move it to the device; `None` follows the `Accelerator`.
             evaluation_mode: The model will not be trained, so its gradients need not be averaged.
         """
-        return session_prepare.prepare_one(
-            self._session, model, device_placement, evaluation_only=evaluation_mode
-        )
+        return session_prepare.prepare_one(self._session, model, device_placement, evaluation_only=evaluation_mode)
 
     def prepare_optimizer(
         self, optimizer: torch.optim.Optimizer, device_placement: bool | None = None
@@ -366,9 +350,7 @@ class Accelerator:
             slice_fn_for_dispatch: With `dispatch_batches`, takes the rows of one process from a batch, as
                 `accelerate.utils.slice_tensors` does.
         """
-        return session_prepare.prepare_one(
-            self._session, data_loader, device_placement, slice_fn=slice_fn_for_dispatch
-        )
+        return session_prepare.prepare_one(self._session, data_loader, device_placement, slice_fn=slice_fn_for_dispatch)
 
     def unwrap_model(
         self,
@@ -514,22 +496,16 @@ class Accelerator:
         clip.clip_value(held, clip_value, scale)
 
     def _true_size(self, parameters: Any) -> tuple[list[torch.Tensor], float]:
-        held = (
-            [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        )
+        held = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         scaling = self._session.scaling
         if scaling is None:
             return held, 1.0
         optimizers = [optimizer.optimizer for optimizer in self._optimizers]
-        return held, clip.remaining_scale(
-            scaling, held, optimizers, sync_gradients=self.sync_gradients
-        )
+        return held, clip.remaining_scale(scaling, held, optimizers, sync_gradients=self.sync_gradients)
 
     def unscale_gradients(
         self,
-        optimizer: torch.optim.Optimizer
-        | Sequence[torch.optim.Optimizer]
-        | None = None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     ) -> None:
         """Bring gradients to their true size under fp16, once for each step; does nothing otherwise.
 
@@ -539,7 +515,7 @@ class Accelerator:
         scaling = self._session.scaling
         if scaling is None:
             return
-        chosen = self._optimizers if optimizer is None else optimizer
+        chosen: Any = self._optimizers if optimizer is None else optimizer
         chosen = chosen if isinstance(chosen, (list, tuple)) else [chosen]
         scaling.unscale(getattr(item, "optimizer", item) for item in chosen)
 
@@ -548,9 +524,7 @@ class Accelerator:
         """Whether any optimizer's last step changed nothing because gradients had overflowed."""
         return any(optimizer.step_was_skipped for optimizer in self._optimizers)
 
-    def autocast(
-        self, autocast_handler: AutocastKwargs | None = None
-    ) -> AbstractContextManager[Any]:
+    def autocast(self, autocast_handler: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
         """Return a region that computes in the run's precision, for code outside a prepared model."""
         return self._precision.autocast(autocast_handler)
 
@@ -571,17 +545,11 @@ class Accelerator:
 
     def check_trigger(self) -> bool:
         """Tell whether any rank has set the flag, and clear it. Called on all ranks; collective."""
-        flag = (
-            self.flag_tensor
-            if self.flag_tensor is not None
-            else torch.zeros(1, device=self.device)
-        )
+        flag = self.flag_tensor if self.flag_tensor is not None else torch.zeros(1, device=self.device)
         self.flag_tensor = None
         return bool(ops.reduce(flag, reduction="sum").item() >= 1)
 
-    def profile(
-        self, profile_handler: ProfileKwargs | None = None
-    ) -> AbstractContextManager[Any]:
+    def profile(self, profile_handler: ProfileKwargs | None = None) -> AbstractContextManager[Any]:
         """Return a region under `torch.profiler`, which yields the profiler."""
         options = profile_handler or self.profile_handler or ProfileKwargs()
         return session_profile.profile(self.state._runtime, options)
@@ -592,30 +560,22 @@ class Accelerator:
         """Return the tensors of all ranks joined along dimension 0; see `accelerate.utils.gather`. Collective."""
         return ops.gather(tensor)
 
-    def gather_for_metrics(
-        self, input_data: Any, use_gather_object: bool = False
-    ) -> Any:
+    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
         """Return the data of all ranks without the samples that made the last batch even. Collective.
 
         Args:
             input_data: Nested tensors with one row for each sample, or any objects, which travel pickled.
             use_gather_object: Send tensors as objects too, for shapes that differ between ranks.
         """
-        return metrics.gather_for_metrics(
-            self.gradient_state, input_data, use_gather_object
-        )
+        return metrics.gather_for_metrics(self.gradient_state, input_data, use_gather_object)
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Return the sum or mean over all ranks, times `scale`; see `accelerate.utils.reduce`. Collective."""
         return ops.reduce(tensor, reduction, scale)
 
-    def pad_across_processes(
-        self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False
-    ) -> Any:
+    def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
         """Pad tensors to the longest of all ranks; see `accelerate.utils.pad_across_processes`. Collective."""
-        return ops.pad_across_processes(
-            tensor, dim=dim, pad_index=pad_index, pad_first=pad_first
-        )
+        return ops.pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
     # Save --------------------------------------------------------------------------------------------------------
 
@@ -637,9 +597,7 @@ class Accelerator:
     @property
     def should_save_model(self) -> bool:
         """Whether this process writes what all share."""
-        return session_save.leads_on_disk(
-            self.state._runtime, self.project_configuration
-        )
+        return session_save.leads_on_disk(self.state._runtime, self.project_configuration)
 
     def save(self, obj: Any, f: str | Path, safe_serialization: bool = False) -> None:
         """Write an object on the main process only, or on each machine's if the project says so.
@@ -649,9 +607,7 @@ class Accelerator:
             f: The file.
             safe_serialization: Write safetensors in place of torch's pickle-based format.
         """
-        weights.save(
-            obj, f, self.project_configuration.save_on_each_node, safe_serialization
-        )
+        weights.save(obj, f, self.project_configuration.save_on_each_node, safe_serialization)
 
     def save_model(
         self,
@@ -676,15 +632,9 @@ class Accelerator:
             safe_serialization=safe_serialization,
         )
 
-    def get_state_dict(
-        self, model: torch.nn.Module, unwrap: bool = True
-    ) -> dict[str, torch.Tensor]:
+    def get_state_dict(self, model: torch.nn.Module, unwrap: bool = True) -> dict[str, torch.Tensor]:
         """Return a model's whole state, named as before `prepare` unless `unwrap` is `False`."""
-        return (
-            extract_model_from_parallel(model, keep_torch_compile=False)
-            if unwrap
-            else model
-        ).state_dict()
+        return (extract_model_from_parallel(model, keep_torch_compile=False) if unwrap else model).state_dict()
 
     def register_for_checkpointing(self, *objects: Any) -> None:
         """Save and load further objects with the run, by their `state_dict` and `load_state_dict`.
@@ -692,11 +642,7 @@ class Accelerator:
         Raises:
             SettingError: (a `ValueError`) if an object lacks one of them; none is registered then.
         """
-        lacking = [
-            item
-            for item in objects
-            if not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict"))
-        ]
+        lacking = [item for item in objects if not (hasattr(item, "state_dict") and hasattr(item, "load_state_dict"))]
         if lacking:
             raise SettingError(
                 explain(
@@ -707,9 +653,7 @@ class Accelerator:
             )
         self._custom_objects.extend(objects)
 
-    def register_save_state_pre_hook(
-        self, hook: Callable[..., None]
-    ) -> RemovableHandle:
+    def register_save_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Call `hook(models, weights, folder)` on all ranks before `save_state` writes.
 
         What a hook takes out of the list `weights` is not written.
@@ -721,9 +665,7 @@ class Accelerator:
         self._session.save_hooks[handle.id] = hook
         return handle
 
-    def register_load_state_pre_hook(
-        self, hook: Callable[..., None]
-    ) -> RemovableHandle:
+    def register_load_state_pre_hook(self, hook: Callable[..., None]) -> RemovableHandle:
         """Call `hook(models, folder)` on all ranks before `load_state` reads.
 
         What a hook takes out of the list `models` is not loaded.
@@ -844,7 +786,7 @@ class Accelerator:
         """Leave the process group. Called on all ranks, at the end of the script."""
         self.state.destroy_process_group()
 
-    def __enter__(self) -> Accelerator:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -928,11 +870,7 @@ class Accelerator:
     @property
     def tensor_parallel_rank(self) -> int:
         """This rank along the tensor-parallel axis, of which there is none: raises `RuntimeError`."""
-        raise RuntimeError(
-            explain(
-                "There is no tensor-parallel axis: no parallelism_config was given."
-            )
-        )
+        raise RuntimeError(explain("There is no tensor-parallel axis: no parallelism_config was given."))
 
     @property
     def data_parallel_rank(self) -> int:
@@ -986,8 +924,4 @@ class Accelerator:
 def _refuse_keywords(caller: str, keywords: dict[str, Any]) -> None:
     if keywords:
         name = next(iter(keywords))
-        raise TypeError(
-            explain(
-                f"{caller}() got {name}={keywords[name]!r:.60}, which no format here takes."
-            )
-        )
+        raise TypeError(explain(f"{caller}() got {name}={keywords[name]!r:.60}, which no format here takes."))

@@ -26,7 +26,9 @@ def accelerate(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, stdin=subprocess.DEVNULL)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], *([name, "--help"] for name in ("launch", "config", "env", "test"))])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], *([name, "--help"] for name in ("launch", "config", "env", "test"))]
+)
 def test_help_loads_nothing_heavy(hub, words):
     code = f"""
 import sys

@@ -103,7 +103,14 @@ def test_one_process_takes_the_place_of_the_launcher(place):
 
 
 def test_flags_reach_the_environment_in_either_spelling(place):
-    flags = ["--mixed-precision", "bf16", "--gradient_accumulation_steps=3", "--num-cpu-threads-per-process", "2", "--cpu"]
+    flags = [
+        "--mixed-precision",
+        "bf16",
+        "--gradient_accumulation_steps=3",
+        "--num-cpu-threads-per-process",
+        "2",
+        "--cpu",
+    ]
 
     found = json.loads(accelerate("launch", *flags, "show.py").stdout)["env"]
 
@@ -177,13 +184,34 @@ def test_two_processes_meet_on_the_cpu(place, monkeypatch, how):
     assert done.stderr.count("\n") == (1 if how == "busy port" else 0), done.stderr
 
 
+@pytest.mark.parametrize("backend", ["static", "c10d"])
+def test_two_launchers_meet_as_two_machines(place, monkeypatch, backend):
+    monkeypatch.setenv("OUT", str(place / "out"))
+    (place / "out").mkdir()
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = str(probe.getsockname()[1])
+    words = ["--cpu", "-n", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
+    command = [sys.executable, "-m", "accelerate", "launch", *words, "--rdzv_backend", backend]
+    command += ["--num_cpu_threads_per_process", "1"]
+
+    machines = [subprocess.Popen([*command, "--machine_rank", rank, "meet.py"]) for rank in "10"]
+
+    assert [machine.wait(60) for machine in machines] == [0, 0]
+    assert {file.name: file.read_text() for file in (place / "out").iterdir()} == dict.fromkeys("01", "3.0 true 1 1")
+
+
 @pytest.mark.parametrize(
     ("kind", "status", "ending"),
     [
         ("3", 3, "exited with code 3; what it printed stands above."),
         ("raise", 1, "exited with code 1; what it printed stands above."),
         ("record", 1, "exited with code 1: ValueError: boom"),
-        ("kill", 137, "was ended by SIGKILL: on Linux this is most often the system running out of memory (see `dmesg`)."),
+        (
+            "kill",
+            137,
+            "was ended by SIGKILL: on Linux this is most often the system running out of memory (see `dmesg`).",
+        ),
     ],
 )
 def test_a_failing_rank_is_named_last_and_gives_the_status(place, kind, status, ending):
@@ -208,7 +236,9 @@ def test_quiet_leaves_the_status_only(place):
 
 
 def test_a_signal_to_the_launcher_ends_the_workers(place):
-    (place / "s.py").write_text("import os, time\nopen(os.environ['RANK'] + '.pid', 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    (place / "s.py").write_text(
+        "import os, time\nopen(os.environ['RANK'] + '.pid', 'w').write(str(os.getpid()))\ntime.sleep(60)"
+    )
     command = [sys.executable, "-m", "accelerate", "launch", "--cpu", "-n", "2", "s.py"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as child:
         files = [place / "0.pid", place / "1.pid"]
@@ -243,7 +273,10 @@ def test_failed_workers_are_started_again_when_asked(place):
     [
         (["nope.py"], "'nope.py' does not exist (the script on the command line, looked for from"),
         (["--no_python", "no-such-program"], "'no-such-program' does not exist"),
-        (["--num_procs", "2", "show.py"], "--num_procs is not a flag of accelerate launch. Did you mean '--num_processes'?"),
+        (
+            ["--num_procs", "2", "show.py"],
+            "--num_procs is not a flag of accelerate launch. Did you mean '--num_processes'?",
+        ),
         (["--num_proc", "2", "show.py"], "unrecognized arguments: --num_proc"),
         (["--use_fsdp", "show.py"], "--use_fsdp needs the FSDP engine, which accelerate 2.0 does not have yet."),
         (["--zero-stage", "2", "show.py"], "--zero-stage needs the DeepSpeed engine"),

@@ -267,7 +267,9 @@ def collate_records(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def read_records(split: bool) -> list[Any]:
     PartialState(cpu=True)
-    loader = prepare(DataLoader(Records(7), batch_size=4 if split else 2, collate_fn=collate_records), split_batches=split)
+    loader = prepare(
+        DataLoader(Records(7), batch_size=4 if split else 2, collate_fn=collate_records), split_batches=split
+    )
     found = []
     for batch in loader:
         assert batch["half"].dtype is torch.bfloat16
@@ -385,9 +387,7 @@ def resume_stateful() -> dict[str, Any]:
     for name, dispatch in (("shard", False), ("dispatch", True)):
 
         def make(dispatch: bool = dispatch) -> Any:
-            return prepare(
-                DataLoader(range(16), batch_size=2), dispatch_batches=dispatch, use_stateful_dataloader=True
-            )
+            return prepare(DataLoader(range(16), batch_size=2), dispatch_batches=dispatch, use_stateful_dataloader=True)
 
         loader = make()
         saved = None

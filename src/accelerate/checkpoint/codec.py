@@ -25,9 +25,7 @@ from ..core.errors import CheckpointError, explain
 TAG = "$type"
 
 
-class Node(
-    msgspec.Struct, tag_field=TAG, forbid_unknown_fields=True, omit_defaults=True
-):
+class Node(msgspec.Struct, tag_field=TAG, forbid_unknown_fields=True, omit_defaults=True):
     """Base of everything that is spelled as an object with a `$type`."""
 
 
@@ -116,21 +114,14 @@ _AnyNode = (
     | DictNode | TensorNode | ArrayNode | ScalarNode | TorchNode
 )  # fmt: skip
 
-_SEQUENCES: dict[type, str] = {
-    tuple: "tuple",
-    set: "set",
-    frozenset: "frozenset",
-    collections.deque: "deque",
-}
+_SEQUENCES: dict[type, str] = {tuple: "tuple", set: "set", frozenset: "frozenset", collections.deque: "deque"}
 _MAPPINGS: dict[type, str] = {
     dict: "dict",
     collections.OrderedDict: "OrderedDict",
     collections.Counter: "Counter",
     collections.defaultdict: "defaultdict",
 }
-_FACTORIES: dict[str, type] = {
-    kind.__name__: kind for kind in (dict, list, set, tuple, int, float, str, bool)
-}
+_FACTORIES: dict[str, type] = {kind.__name__: kind for kind in (dict, list, set, tuple, int, float, str, bool)}
 STORABLE = {
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool,
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint64, torch.uint32, torch.uint16,
@@ -166,66 +157,35 @@ def decode(tree: Any, tensors: dict[str, torch.Tensor], name: str = "state") -> 
     """
     try:
         return _Decoder(tensors).decode(tree)
-    except (
-        msgspec.ValidationError,
-        ValueError,
-        TypeError,
-        KeyError,
-        RuntimeError,
-        struct.error,
-    ) as error:
+    except (msgspec.ValidationError, ValueError, TypeError, KeyError, RuntimeError, struct.error) as error:
         raise CheckpointError(
-            explain(
-                f"{name} is damaged, or was not written by this library: {error}",
-                remedy="Use another checkpoint.",
-            )
+            explain(f"{name} is damaged, or was not written by this library: {error}", remedy="Use another checkpoint.")
         ) from error
 
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
     """Tell whether `tensor` is made of numbers in one block of memory, and nothing else."""
     wraps_others = hasattr(tensor, "__tensor_flatten__")
-    strided = (
-        tensor.layout is torch.strided
-        and not tensor.is_quantized
-        and not tensor.is_nested
-    )
-    return (
-        strided
-        and not wraps_others
-        and not tensor.is_meta
-        and not torch.nn.parameter.is_lazy(tensor)
-    )
+    strided = tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return strided and not wraps_others and not tensor.is_meta and not torch.nn.parameter.is_lazy(tensor)
 
 
 class _Encoder:
-    def __init__(self, name: str):
+    def __init__(self, name: str) -> None:
         self.name = name
         self.tensors: dict[str, torch.Tensor] = {}
         self._open: set[int] = set()
         self._by_class: dict[type, Callable[[Any, tuple[Any, ...]], Any]] = {
             type(None): _same,
             bool: _same,
-            int: lambda value, _: (
-                value if -(2**63) <= value < 2**63 else IntNode(hex(value))
-            ),
-            float: lambda value, _: (
-                value
-                if math.isfinite(value)
-                else FloatNode(struct.pack(">d", value).hex())
-            ),
-            complex: lambda value, _: ComplexNode(
-                struct.pack(">dd", value.real, value.imag).hex()
-            ),
+            int: lambda value, _: value if -(2**63) <= value < 2**63 else IntNode(hex(value)),
+            float: lambda value, _: value if math.isfinite(value) else FloatNode(struct.pack(">d", value).hex()),
+            complex: lambda value, _: ComplexNode(struct.pack(">dd", value.real, value.imag).hex()),
             str: lambda value, _: (
-                value
-                if _encodable(value)
-                else TextNode(value.encode("utf-8", "surrogatepass").hex())
+                value if _encodable(value) else TextNode(value.encode("utf-8", "surrogatepass").hex())
             ),
             bytes: lambda value, _: BytesNode(value.hex()),
-            torch.dtype: lambda value, _: TorchNode(
-                "dtype", str(value).removeprefix("torch.")
-            ),
+            torch.dtype: lambda value, _: TorchNode("dtype", str(value).removeprefix("torch.")),
             torch.device: lambda value, _: TorchNode("device", str(value)),
             torch.Size: lambda value, _: TorchNode("size", list(value)),
             np.ndarray: self._array,
@@ -241,9 +201,7 @@ class _Encoder:
             if isinstance(value, np.generic):
                 return self._scalar(value, path)
             raise self._refusal(value, path)
-        if not isinstance(
-            value, (list, tuple, set, frozenset, dict, collections.deque)
-        ):
+        if not isinstance(value, (list, tuple, set, frozenset, dict, collections.deque)):
             return write(value, path)
         if id(value) in self._open:
             raise self._refusal(value, path, "contains itself")
@@ -258,68 +216,39 @@ class _Encoder:
 
     def _sequence(self, value: Any, path: tuple[Any, ...]) -> SequenceNode:
         items = self._list(list(value), path)
-        return SequenceNode(
-            _SEQUENCES[type(value)], items, maxlen=getattr(value, "maxlen", None)
-        )
+        return SequenceNode(_SEQUENCES[type(value)], items, maxlen=getattr(value, "maxlen", None))
 
     def _mapping(self, value: Any, path: tuple[Any, ...]) -> Any:
-        if (
-            type(value) is dict
-            and TAG not in value
-            and all(type(key) is str and _encodable(key) for key in value)
-        ):
+        if type(value) is dict and TAG not in value and all(type(key) is str and _encodable(key) for key in value):
             return {key: self.encode(item, (*path, key)) for key, item in value.items()}
-        items = [
-            (self.encode(key, (*path, key)), self.encode(item, (*path, key)))
-            for key, item in value.items()
-        ]
+        items = [(self.encode(key, (*path, key)), self.encode(item, (*path, key))) for key, item in value.items()]
         factory = getattr(value, "default_factory", None)
         if factory is not None and factory not in _FACTORIES.values():
             raise self._refusal(factory, (*path, "default_factory"))
-        return DictNode(
-            items, _MAPPINGS[type(value)], factory.__name__ if factory else None
-        )
+        return DictNode(items, _MAPPINGS[type(value)], factory.__name__ if factory else None)
 
     def _tensor(self, value: torch.Tensor, path: tuple[Any, ...]) -> TensorNode:
         if not is_plain_tensor(value):
-            raise self._refusal(
-                value,
-                path,
-                f"is a tensor of layout {value.layout} that cannot be written as it is",
-            )
+            raise self._refusal(value, path, f"is a tensor of layout {value.layout} that cannot be written as it is")
         node = TensorNode(
-            self._fresh_name(path),
-            requires_grad=value.requires_grad,
-            parameter=isinstance(value, torch.nn.Parameter),
+            self._fresh_name(path), requires_grad=value.requires_grad, parameter=isinstance(value, torch.nn.Parameter)
         )
         content = value.detach().resolve_conj().resolve_neg()
         if not content.is_contiguous():
-            dense = (
-                torch.empty_like(content, memory_format=torch.preserve_format).stride()
-                == content.stride()
-            )
+            dense = torch.empty_like(content, memory_format=torch.preserve_format).stride() == content.stride()
             node.stride = list(content.stride()) if dense else None
         content = content.cpu().contiguous()
         if content.dtype not in STORABLE:
-            node.bytes_of, node.shape = (
-                str(content.dtype).removeprefix("torch."),
-                list(content.shape),
-            )
+            node.bytes_of, node.shape = (str(content.dtype).removeprefix("torch."), list(content.shape))
             content = content.reshape(-1).view(torch.uint8)
         self.tensors[node.name] = content
         return node
 
     def _array(self, value: np.ndarray, path: tuple[Any, ...]) -> ArrayNode:
         if value.dtype.hasobject or value.dtype.names is not None:
-            raise self._refusal(
-                value,
-                path,
-                f"is a numpy array of {value.dtype}, which has no fixed bytes",
-            )
+            raise self._refusal(value, path, f"is a numpy array of {value.dtype}, which has no fixed bytes")
         node = ArrayNode(self._fresh_name(path), value.dtype.str, list(value.shape))
-        self.tensors[node.name] = torch.frombuffer(
-            bytearray(value.tobytes()) or bytearray(1), dtype=torch.uint8
-        )
+        self.tensors[node.name] = torch.frombuffer(bytearray(value.tobytes()) or bytearray(1), dtype=torch.uint8)
         return node
 
     def _scalar(self, value: np.generic, path: tuple[Any, ...]) -> ScalarNode:
@@ -329,38 +258,28 @@ class _Encoder:
 
     def _fresh_name(self, path: tuple[Any, ...]) -> str:
         name = ".".join(str(part) for part in path) or "value"
-        if name in self.tensors or name.startswith("__") or not _encodable(name):
+        if name.startswith("__") or not _encodable(name):
             name = f"tensor #{len(self.tensors)}"
         while name in self.tensors:
             name += "'"
         return name
 
-    def _refusal(
-        self, value: Any, path: tuple[Any, ...], problem: str = ""
-    ) -> CheckpointError:
+    def _refusal(self, value: Any, path: tuple[Any, ...], problem: str = "") -> CheckpointError:
         place = " -> ".join([self.name, *(repr(part) for part in path)])
         kind = type(value).__name__
-        remedy = (
-            "Save numbers, text, tensors, arrays, or lists and dictionaries of them."
-        )
+        remedy = "Save numbers, text, tensors, arrays, or lists and dictionaries of them."
         if callable(value) and hasattr(value, "__name__"):
-            kind, remedy = (
-                "class" if isinstance(value, type) else "function",
-                _REMEDIES["function"],
-            )
+            kind, remedy = ("class" if isinstance(value, type) else "function", _REMEDIES["function"])
         elif hasattr(type(value), "__members__"):
             remedy = _REMEDIES["enum"]
         elif isinstance(value, (torch.Generator, np.random.Generator)):
             remedy = _REMEDIES["generator"]
-        problem = (
-            problem
-            or f"is a {kind}, which a checkpoint cannot hold without running code when it is read"
-        )
+        problem = problem or f"is a {kind}, which a checkpoint cannot hold without running code when it is read"
         return CheckpointError(explain(f"{place} {problem}.", remedy=remedy))
 
 
 class _Decoder:
-    def __init__(self, tensors: dict[str, torch.Tensor]):
+    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
         self.tensors = tensors
 
     def decode(self, tree: Any) -> Any:
@@ -401,19 +320,13 @@ class _Decoder:
     def _sequence(self, node: SequenceNode) -> Any:
         kinds = {kind: cls for cls, kind in _SEQUENCES.items()}
         items = self.decode(node.items)
-        return (
-            collections.deque(items, node.maxlen)
-            if node.kind == "deque"
-            else kinds[node.kind](items)
-        )
+        return collections.deque(items, node.maxlen) if node.kind == "deque" else kinds[node.kind](items)
 
     def _mapping(self, node: DictNode) -> Any:
         kinds = {kind: cls for cls, kind in _MAPPINGS.items()}
         items = [(self.decode(key), self.decode(item)) for key, item in node.items]
         if node.kind == "defaultdict":
-            return collections.defaultdict(
-                _FACTORIES[node.factory] if node.factory else None, items
-            )
+            return collections.defaultdict(_FACTORIES[node.factory] if node.factory else None, items)
         return kinds[node.kind](dict(items))
 
     def _tensor(self, node: TensorNode) -> torch.Tensor:
@@ -422,27 +335,15 @@ class _Decoder:
         if node.bytes_of is not None:
             value = value.view(_dtype(node.bytes_of)).reshape(node.shape or [])
         if node.stride is not None:
-            if (
-                sum(
-                    (size - 1) * step
-                    for size, step in zip(value.shape, node.stride, strict=True)
-                )
-                >= value.numel()
-            ):
-                raise ValueError(
-                    f"a tensor of shape {list(value.shape)} cannot have the strides {node.stride}"
-                )
-            value = torch.empty_strided(
-                value.shape, node.stride, dtype=value.dtype
-            ).copy_(value)
+            if sum((size - 1) * step for size, step in zip(value.shape, node.stride, strict=True)) >= value.numel():
+                raise ValueError(f"a tensor of shape {list(value.shape)} cannot have the strides {node.stride}")
+            value = torch.empty_strided(value.shape, node.stride, dtype=value.dtype).copy_(value)
         if node.parameter:
             return torch.nn.Parameter(value, node.requires_grad)
         return value.requires_grad_(node.requires_grad)
 
     def _array(self, node: ArrayNode) -> np.ndarray:
-        return _array(
-            tuple(node.shape), node.dtype, self.tensors[node.name].numpy().tobytes()
-        )
+        return _array(tuple(node.shape), node.dtype, self.tensors[node.name].numpy().tobytes())
 
 
 def _same(value: Any, _: tuple[Any, ...]) -> Any:
@@ -456,7 +357,7 @@ def _encodable(text: str) -> bool:
 def _dtype(name: str) -> torch.dtype:
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch.{name} is no dtype")
+        raise TypeError(f"torch.{name} is no dtype")
     return dtype
 
 
@@ -468,9 +369,5 @@ def _array(shape: tuple[int, ...], dtype_name: str, content: bytes) -> np.ndarra
 
 
 def _torch_value(node: TorchNode) -> Any:
-    makers: dict[str, Callable[[Any], Any]] = {
-        "dtype": _dtype,
-        "device": torch.device,
-        "size": torch.Size,
-    }
+    makers: dict[str, Callable[[Any], Any]] = {"dtype": _dtype, "device": torch.device, "size": torch.Size}
     return makers[node.kind](node.value)

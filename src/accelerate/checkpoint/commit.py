@@ -111,20 +111,10 @@ def staged(
             yield area.staging
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks have to hear of it before it leaves
             failure = error
-        _agree(
-            collectives,
-            failure,
-            f"The checkpoint {final} was not written",
-            "What was there before is untouched.",
-        )
+        _agree(collectives, failure, f"The checkpoint {final} was not written", "What was there before is untouched.")
         if leads:
             failure = _attempt(lambda: _publish(area, final, stale, finish))
-        _agree(
-            collectives,
-            failure,
-            f"The checkpoint {final} was not put in place",
-            _STILL_WHOLE,
-        )
+        _agree(collectives, failure, f"The checkpoint {final} was not put in place", _STILL_WHOLE)
         done = True
     finally:
         if leads and not done:
@@ -148,18 +138,12 @@ def _begin(final: Path, collectives: Collectives, leads: bool, fresh: bool) -> _
         except AccelerateError as error:
             report = _Report(collectives.rank, leads, report.host, error=error)
         except Exception as error:  # noqa: BLE001 - the other ranks are waiting for the outcome
-            report = _Report(
-                collectives.rank, leads, report.host, failure=_describe(error)
-            )
+            report = _Report(collectives.rank, leads, report.host, failure=_describe(error))
     reports: list[_Report] = collectives.all_gather_object(report)
     for found in reports:
         if found.error is not None:
             raise found.error
-    _raise_failures(
-        reports,
-        f"The checkpoint {final} cannot be begun",
-        "What was there before is untouched.",
-    )
+    _raise_failures(reports, f"The checkpoint {final} cannot be begun", "What was there before is untouched.")
     return _area(final, leader_of(report, reports).inside)
 
 
@@ -172,11 +156,7 @@ def leader_of(own: _Report, reports: list[_Report]) -> _Report:
 
 
 def _area(final: Path, inside: bool) -> _Area:
-    root = (
-        final / layout.SAVING_NAME
-        if inside
-        else final.parent / f"{layout.SAVING_NAME}-{_short(final.name)}"
-    )
+    root = final / layout.SAVING_NAME if inside else final.parent / f"{layout.SAVING_NAME}-{_short(final.name)}"
     # The last part is the name of the destination: code that looks at it sees what it expects.
     return _Area(root, root / final.name, inside)
 
@@ -194,9 +174,7 @@ def _prepare(final: Path, fresh: bool) -> bool:
             )
         )
     if final.exists() and not final.is_dir():
-        raise CheckpointError(
-            explain(f"{final} is a file.", remedy="Give a folder to save into.")
-        )
+        raise CheckpointError(explain(f"{final} is a file.", remedy="Give a folder to save into."))
     inside = final.is_dir()
     if inside:
         recover(final)
@@ -209,12 +187,7 @@ def _prepare(final: Path, fresh: bool) -> bool:
     return inside
 
 
-def _publish(
-    area: _Area,
-    final: Path,
-    stale: Callable[[Path], Iterable[str]],
-    finish: Callable[[Path], None],
-) -> None:
+def _publish(area: _Area, final: Path, stale: Callable[[Path], Iterable[str]], finish: Callable[[Path], None]) -> None:
     finish(area.staging)
     if not area.inside:
         durable.flush_tree(area.staging)
@@ -235,17 +208,13 @@ def _publish(
 
 def _check_replaceable(final: Path, name: str) -> None:
     target = final / name
-    blocker = next(
-        (parent for parent in target.parents if parent != final and parent.is_file()),
-        None,
-    )
+    blocker = next((parent for parent in target.parents if parent != final and parent.is_file()), None)
     if target.is_dir():
         blocker = target
     if blocker is not None:
         raise CheckpointError(
             explain(
-                f"{blocker} is in the way of the new {name!r}: one is a file, the other a folder.",
-                remedy="Move it.",
+                f"{blocker} is in the way of the new {name!r}: one is a file, the other a folder.", remedy="Move it."
             )
         )
     _check_inside(final, name)
@@ -254,12 +223,7 @@ def _check_replaceable(final: Path, name: str) -> None:
 def _check_inside(final: Path, name: str) -> None:
     parent = (final / name).parent.resolve()
     if not layout.is_inside(name) or not parent.is_relative_to(final.resolve()):
-        raise CheckpointError(
-            explain(
-                f"{name!r} leads out of {final}.",
-                remedy="Do not trust this checkpoint.",
-            )
-        )
+        raise CheckpointError(explain(f"{name!r} leads out of {final}.", remedy="Do not trust this checkpoint."))
 
 
 def recover(final: Path) -> bool:
@@ -277,27 +241,17 @@ def recover(final: Path) -> bool:
     if not pending.is_dir():
         return False
     try:
-        journal = msgspec.json.decode(
-            (pending / layout.JOURNAL_NAME).read_bytes(), type=_Journal
-        )
+        journal = msgspec.json.decode((pending / layout.JOURNAL_NAME).read_bytes(), type=_Journal)
     except (OSError, msgspec.DecodeError) as error:
         if not any(path.is_dir() for path in pending.iterdir()):
             shutil.rmtree(pending)
             return False
         raise CheckpointError(
-            explain(
-                f"{pending} is an interrupted save without a readable journal: {error}",
-                remedy="Move it away.",
-            )
+            explain(f"{pending} is an interrupted save without a readable journal: {error}", remedy="Move it away.")
         ) from error
     source = pending / journal.folder
     if not layout.is_file_name(journal.folder) or source.is_symlink():
-        raise CheckpointError(
-            explain(
-                f"{pending} names the folder {journal.folder!r}.",
-                remedy="Do not trust it.",
-            )
-        )
+        raise CheckpointError(explain(f"{pending} names the folder {journal.folder!r}.", remedy="Do not trust it."))
     _move_into_place(source, final, journal.remove)
     return True
 
@@ -343,35 +297,19 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _agree(
-    collectives: Collectives, failure: Exception | None, problem: str, remedy: str
-) -> None:
+def _agree(collectives: Collectives, failure: Exception | None, problem: str, remedy: str) -> None:
     """Return if no rank has failed; otherwise raise on all ranks. Collective."""
-    own = _Report(
-        collectives.rank, False, "", failure=_describe(failure) if failure else None
-    )
+    own = _Report(collectives.rank, False, "", failure=_describe(failure) if failure else None)
     reports = collectives.all_gather_object(own)
-    if (
-        failure is not None
-        and collectives.world_size == 1
-        and isinstance(failure, AccelerateError)
-    ):
+    if failure is not None and collectives.world_size == 1 and isinstance(failure, AccelerateError):
         raise failure
     _raise_failures(reports, problem, remedy, failure)
 
 
-def _raise_failures(
-    reports: list[_Report], problem: str, remedy: str, cause: Exception | None = None
-) -> None:
-    failed = [
-        f"rank {report.rank}: {report.failure}"
-        for report in reports
-        if report.failure is not None
-    ]
+def _raise_failures(reports: list[_Report], problem: str, remedy: str, cause: Exception | None = None) -> None:
+    failed = [f"rank {report.rank}: {report.failure}" for report in reports if report.failure is not None]
     if failed:
-        raise CheckpointError(
-            explain(f"{problem}. What failed: {'; '.join(failed)}", remedy=remedy)
-        ) from cause
+        raise CheckpointError(explain(f"{problem}. What failed: {'; '.join(failed)}", remedy=remedy)) from cause
 
 
 @contextmanager
@@ -385,9 +323,7 @@ def together(collectives: Collectives, problem: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - raised again below, when the others know
         failure = error
-    own = _Report(
-        collectives.rank, False, "", failure=_describe(failure) if failure else None
-    )
+    own = _Report(collectives.rank, False, "", failure=_describe(failure) if failure else None)
     reports = collectives.all_gather_object(own)
     if failure is not None:
         raise failure

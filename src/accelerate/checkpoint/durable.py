@@ -74,7 +74,5 @@ def replace_file(file: Path, write: Callable[[Path], None]) -> None:
 
 def files_below(folder: Path) -> Iterator[str]:
     """Yield the relative names of all files below `folder`, sorted, with `/` between folders."""
-    found = [
-        path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()
-    ]
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     yield from sorted(path.relative_to(folder).as_posix() for path in found)

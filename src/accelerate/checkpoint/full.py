@@ -17,12 +17,7 @@ from .train_state import read_state, write_state
 from .weights import complete_tied, load_weights, write_weights
 
 
-def save_model(
-    state: Mapping[str, torch.Tensor],
-    folder: Path,
-    index: int,
-    safe_serialization: bool = True,
-) -> None:
+def save_model(state: Mapping[str, torch.Tensor], folder: Path, index: int, safe_serialization: bool = True) -> None:
     """Write the weights of model `index`. Called on the ranks that write to a disk for the others."""
     write_weights(state, folder / layout.model_file(index, safe_serialization))
 
@@ -41,13 +36,9 @@ def load_model(model: torch.nn.Module, folder: Path, index: int, **kwargs: Any) 
 
 def save_optimizer(optimizer: Any, folder: Path, index: int) -> None:
     """Write the state of optimizer `index`. Called on the ranks that write to a disk for the others."""
-    write_state(
-        folder, layout.numbered(layout.OPTIMIZER_NAME, index), optimizer.state_dict()
-    )
+    write_state(folder, layout.numbered(layout.OPTIMIZER_NAME, index), optimizer.state_dict())
 
 
 def load_optimizer(optimizer: Any, folder: Path, index: int) -> None:
     """Read the state of optimizer `index`; it moves to where the parameters are. Called on all ranks."""
-    optimizer.load_state_dict(
-        read_state(folder, layout.numbered(layout.OPTIMIZER_NAME, index))
-    )
+    optimizer.load_state_dict(read_state(folder, layout.numbered(layout.OPTIMIZER_NAME, index)))

@@ -58,9 +58,7 @@ REMOVING_PREFIX = ".accelerate-removing-"
 _CHECKPOINT = re.compile(r"checkpoint_(0|[1-9][0-9]*)")
 _NUMBER = r"(_[1-9][0-9]*)?"
 _SHARD = r"(-[0-9]{5}-of-[0-9]{5})?"
-_WEIGHTS = re.compile(
-    rf"(model|pytorch_model){_NUMBER}{_SHARD}\.(safetensors|bin)(\.index\.json)?"
-)
+_WEIGHTS = re.compile(rf"(model|pytorch_model){_NUMBER}{_SHARD}\.(safetensors|bin)(\.index\.json)?")
 _STATE = re.compile(
     rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?"
     r"|scaler|random_states_[0-9]+|custom_checkpoint_[0-9]+)\.(json|safetensors|bin|pkl|pt)"
@@ -118,9 +116,7 @@ def state_files(stem: str) -> tuple[str, str]:
 
 def custom_indices(names: Iterable[str]) -> set[int]:
     """Return the numbers of the registered objects in a folder with these names, ours or the peer's."""
-    found = (
-        re.fullmatch(rf"{CUSTOM_NAME}_([0-9]+)\.(json|pkl)", name) for name in names
-    )
+    found = (re.fullmatch(rf"{CUSTOM_NAME}_([0-9]+)\.(json|pkl)", name) for name in names)
     return {int(match.group(1)) for match in found if match}
 
 
@@ -131,18 +127,14 @@ def is_weights(name: str) -> bool:
 
 def is_checkpoint_file(name: str) -> bool:
     """Tell whether a save of the whole state may have written a file of this name."""
-    return (
-        name == MANIFEST_NAME or is_weights(name) or _STATE.fullmatch(name) is not None
-    )
+    return name == MANIFEST_NAME or is_weights(name) or _STATE.fullmatch(name) is not None
 
 
 def is_inside(name: str) -> bool:
     """Tell whether a relative name read from a file stays inside its folder, links not considered."""
     path = PurePosixPath(name)
     plain = "\0" not in name and "\\" not in name and not re.match("[A-Za-z]:", name)
-    return (
-        bool(path.parts) and plain and not path.is_absolute() and ".." not in path.parts
-    )
+    return bool(path.parts) and plain and not path.is_absolute() and ".." not in path.parts
 
 
 def is_file_name(name: str) -> bool:
@@ -163,17 +155,11 @@ def checkpoint_number(name: str) -> int | None:
 
 def newest_first(names: Iterable[str]) -> list[str]:
     """Return the automatically named folders among `names`, highest number first."""
-    numbers = {
-        name: number
-        for name in names
-        if (number := checkpoint_number(name)) is not None
-    }
+    numbers = {name: number for name in names if (number := checkpoint_number(name)) is not None}
     return sorted(numbers, key=lambda name: numbers[name], reverse=True)
 
 
-def plan_rotation(
-    names: Iterable[str], total_limit: int | None, newest: str
-) -> list[str]:
+def plan_rotation(names: Iterable[str], total_limit: int | None, newest: str) -> list[str]:
     """Choose the folders to remove after a save, oldest first.
 
     Args:

@@ -19,9 +19,7 @@ def peer_file(folder: Path, stem: str) -> Path:
         return folder / layout.SCALER_NAME
     # One file served all ranks; whichever wrote last.
     stem = re.sub(rf"^({layout.LOADER_NAME}.*)_rank[0-9]+$", r"\1", stem)
-    suffix = (
-        "pkl" if stem.startswith((layout.RNG_STATE_NAME, layout.CUSTOM_NAME)) else "bin"
-    )
+    suffix = "pkl" if stem.startswith((layout.RNG_STATE_NAME, layout.CUSTOM_NAME)) else "bin"
     return folder / f"{stem}.{suffix}"
 
 

@@ -41,9 +41,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileEntry]
 
 
-def write(
-    folder: Path, *, save_id: str, world_size: int, step: int, iteration: int
-) -> None:
+def write(folder: Path, *, save_id: str, world_size: int, step: int, iteration: int) -> None:
     """Describe everything in `folder`, durably. Reads each file once."""
     files = {name: _entry(folder / name) for name in durable.files_below(folder)}
     content = Manifest(
@@ -80,9 +78,7 @@ def read(folder: Path) -> Manifest | None:
     except FileNotFoundError:
         return None
     except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(
-            explain(f"{file} is damaged: {error}", remedy="Use another checkpoint.")
-        ) from error
+        raise CheckpointError(explain(f"{file} is damaged: {error}", remedy="Use another checkpoint.")) from error
     if found.format > FORMAT:
         raise CheckpointError(
             explain(
@@ -92,12 +88,7 @@ def read(folder: Path) -> Manifest | None:
             )
         )
     if outside := [name for name in found.files if not layout.is_inside(name)]:
-        raise CheckpointError(
-            explain(
-                f"{file} names {outside[0]!r}, outside its folder.",
-                remedy="Do not trust it.",
-            )
-        )
+        raise CheckpointError(explain(f"{file} names {outside[0]!r}, outside its folder.", remedy="Do not trust it."))
     return found
 
 
@@ -123,10 +114,7 @@ def check(folder: Path, manifest: Manifest, hashes: bool = False) -> None:
             wrong.append(f"{name} has other content than was written")
     if wrong:
         raise CheckpointError(
-            explain(
-                f"The checkpoint {folder} is not complete: {'; '.join(wrong)}.",
-                remedy="Load an earlier one.",
-            )
+            explain(f"The checkpoint {folder} is not complete: {'; '.join(wrong)}.", remedy="Load an earlier one.")
         )
 
 
@@ -139,9 +127,5 @@ def files_of(folder: Path) -> list[str]:
         found = read(folder)
     except CheckpointError:
         found = None
-    names = {
-        path.name
-        for path in folder.iterdir()
-        if path.is_file() and layout.is_checkpoint_file(path.name)
-    }
+    names = {path.name for path in folder.iterdir() if path.is_file() and layout.is_checkpoint_file(path.name)}
     return sorted(names | set(found.files if found else ()))

@@ -48,9 +48,7 @@ def write_state(folder: Path, stem: str, state: Any) -> None:
 
 def has_state(folder: Path, stem: str) -> bool:
     """Tell whether `folder` holds a state under `stem`, ours or one of Accelerate 1.x."""
-    return (folder / layout.state_files(stem)[0]).is_file() or legacy.peer_file(
-        folder, stem
-    ).is_file()
+    return (folder / layout.state_files(stem)[0]).is_file() or legacy.peer_file(folder, stem).is_file()
 
 
 def read_state(folder: Path, stem: str) -> Any:
@@ -66,24 +64,15 @@ def read_state(folder: Path, stem: str) -> Any:
             return legacy.read_state(folder, stem)
         raise layout.MissingFile(
             explain(
-                f"{folder} holds no {stem}: {structure.name} is not there.",
-                remedy="Prepare what was prepared then.",
+                f"{folder} holds no {stem}: {structure.name} is not there.", remedy="Prepare what was prepared then."
             )
         )
     try:
         document = msgspec.json.decode(structure.read_bytes(), type=_Document)
     except (msgspec.DecodeError, RecursionError) as error:
-        raise CheckpointError(
-            explain(
-                f"{structure} is damaged: {error}", remedy="Use another checkpoint."
-            )
-        ) from error
+        raise CheckpointError(explain(f"{structure} is damaged: {error}", remedy="Use another checkpoint.")) from error
     if document.format > FORMAT:
-        raise CheckpointError(
-            explain(
-                f"{structure} has format {document.format}.", accepted=f"up to {FORMAT}"
-            )
-        )
+        raise CheckpointError(explain(f"{structure} has format {document.format}.", accepted=f"up to {FORMAT}"))
     tensors = read_safetensors(numbers) if document.num_tensors else {}
     return decode(document.state, tensors, str(structure))
 
@@ -100,9 +89,7 @@ def random_state(hardware: Hardware) -> dict[str, Any]:
     return state
 
 
-def set_random_state(
-    state: dict[str, Any], hardware: Hardware
-) -> tuple[list[str], list[str]]:
+def set_random_state(state: dict[str, Any], hardware: Hardware) -> tuple[list[str], list[str]]:
     """Set the random generators of this process; return those that `state` lacks, and those it is wrong for."""
     setters = {
         "random_state": random.setstate,
@@ -123,9 +110,7 @@ def set_random_state(
     return absent, failed
 
 
-def load_random_state(
-    folder: Path, rank: int, saved_ranks: int | None, hardware: Hardware, strict: bool
-) -> Any:
+def load_random_state(folder: Path, rank: int, saved_ranks: int | None, hardware: Hardware, strict: bool) -> Any:
     """Restore the random generators of `rank`; return what the file says besides, such as the step of old files.
 
     Args:
@@ -145,28 +130,17 @@ def load_random_state(
         return {}
     state = read_state(folder, stem)
     if not isinstance(state, dict):
-        raise CheckpointError(
-            explain(
-                f"{folder / stem} holds a {type(state).__name__}, not random states."
-            )
-        )
+        raise CheckpointError(explain(f"{folder / stem} holds a {type(state).__name__}, not random states."))
     absent, failed = set_random_state(state, hardware)
     if absent or failed:
         # Absent ones were saved on another kind of device, which is no damage.
-        _complain(
-            f"Random states not restored on rank {rank}: {', '.join(absent + failed)}.",
-            strict and bool(failed),
-        )
+        _complain(f"Random states not restored on rank {rank}: {', '.join(absent + failed)}.", strict and bool(failed))
     return state
 
 
 def _complain(message: str, is_error: bool) -> None:
     if is_error:
-        raise CheckpointError(
-            explain(
-                message, remedy="Pass strict=False to go on with other random numbers."
-            )
-        )
+        raise CheckpointError(explain(message, remedy="Pass strict=False to go on with other random numbers."))
     warnings.warn(message, stacklevel=3)
 
 

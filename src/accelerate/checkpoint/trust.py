@@ -42,9 +42,7 @@ def read_pickle(file: Path, map_location: Any = "cpu") -> Any:
             )
         ) from error
     except (RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(
-            explain(f"{file} cannot be read: {error}", remedy="Use another checkpoint.")
-        ) from error
+        raise CheckpointError(explain(f"{file} cannot be read: {error}", remedy="Use another checkpoint.")) from error
 
 
 def write_pickle(obj: Any, file: str | Path | IO[bytes]) -> None:

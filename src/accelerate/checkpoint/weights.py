@@ -60,46 +60,31 @@ def save_model(
     limit = convert_file_size_to_int(max_shard_size)
     with staged(Path(folder).expanduser(), collectives, stale=_weights_in) as staging:
         if collectives.rank == 0:
-            write_weights(
-                state, staging / layout.model_file(0, safe_serialization), limit
-            )
+            write_weights(state, staging / layout.model_file(0, safe_serialization), limit)
 
 
 def _weights_in(folder: Path) -> Iterable[str]:
     return [path.name for path in folder.iterdir() if layout.is_weights(path.name)]
 
 
-def write_weights(
-    state: Mapping[str, torch.Tensor], file: Path, max_shard_bytes: int | None = None
-) -> None:
+def write_weights(state: Mapping[str, torch.Tensor], file: Path, max_shard_bytes: int | None = None) -> None:
     """Write `state` to `file`, or to shards named after it and an index if it exceeds `max_shard_bytes`."""
     safe = file.suffix == ".safetensors"
     kept, tied = separate_tied(state) if safe else (dict(state), {})
-    plan = plan_shards(
-        {name: _size(tensor) for name, tensor in kept.items()}, max_shard_bytes
-    )
+    plan = plan_shards({name: _size(tensor) for name, tensor in kept.items()}, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(plan, start=1):
         shard = file.with_name(layout.shard_file(file.name, number, len(plan)))
         tensors = {name: kept[name] for name in names}
         if safe:
-            write_safetensors(
-                tensors,
-                shard,
-                {name: source for name, source in tied.items() if source in tensors},
-            )
+            write_safetensors(tensors, shard, {name: source for name, source in tied.items() if source in tensors})
         else:
             write_pickle(tensors, shard)
             durable.flush_file(shard)
         weight_map.update(dict.fromkeys(names, shard.name))
     if len(plan) > 1:
-        content = {
-            "metadata": {"total_size": sum(map(_size, kept.values()))},
-            "weight_map": weight_map,
-        }
-        text = msgspec.json.format(
-            msgspec.json.encode(content, order="deterministic"), indent=2
-        )
+        content = {"metadata": {"total_size": sum(map(_size, kept.values()))}, "weight_map": weight_map}
+        text = msgspec.json.format(msgspec.json.encode(content, order="deterministic"), indent=2)
         durable.write_file(file.with_name(layout.index_file(file.name)), text + b"\n")
 
 
@@ -116,9 +101,7 @@ def plan_shards(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[st
     return shards
 
 
-def separate_tied(
-    state: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def separate_tied(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Divide `state` into tensors to write, and names that show the very same tensor as an earlier name.
 
     Raises:
@@ -143,13 +126,7 @@ def alias_key(tensor: torch.Tensor) -> tuple[Any, ...] | None:
     """Return what two tensors have in common iff they are the same numbers in memory; None for no numbers."""
     if not is_plain_tensor(tensor) or tensor.numel() == 0:
         return None
-    return (
-        tensor.device,
-        tensor.data_ptr(),
-        tuple(tensor.shape),
-        tensor.stride(),
-        tensor.dtype,
-    )
+    return (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 def _check_storable(name: str, tensor: Any) -> None:
@@ -162,35 +139,22 @@ def _check_storable(name: str, tensor: Any) -> None:
     else:
         return
     raise CheckpointError(
-        explain(
-            f"The weights cannot be written: {problem}.",
-            remedy="Convert it first, or leave it out of the state.",
-        )
+        explain(f"The weights cannot be written: {problem}.", remedy="Convert it first, or leave it out of the state.")
     )
 
 
 def _size(tensor: Any) -> int:
-    return (
-        tensor.numel() * tensor.element_size()
-        if isinstance(tensor, torch.Tensor)
-        else 0
-    )
+    return tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
 
 
-def write_safetensors(
-    tensors: Mapping[str, torch.Tensor],
-    file: Path,
-    tied: Mapping[str, str] | None = None,
-) -> None:
+def write_safetensors(tensors: Mapping[str, torch.Tensor], file: Path, tied: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file and wait until it is on the disk."""
     safetensors.torch.save_file(own_memory(tensors), file, metadata=_metadata(tied))
     durable.flush_file(file)
 
 
 def _metadata(tied: Mapping[str, str] | None) -> dict[str, str]:
-    return {"format": "pt"} | (
-        {TIED_KEY: msgspec.json.encode(dict(tied)).decode()} if tied else {}
-    )
+    return {"format": "pt"} | ({TIED_KEY: msgspec.json.encode(dict(tied)).decode()} if tied else {})
 
 
 def own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -231,40 +195,26 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     try:
         names = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
     except msgspec.DecodeError as error:
-        raise CheckpointError(
-            explain(f"{index} is damaged: {error}", remedy="Use another checkpoint.")
-        ) from error
+        raise CheckpointError(explain(f"{index} is damaged: {error}", remedy="Use another checkpoint.")) from error
     state: dict[str, torch.Tensor] = {}
     for shard in dict.fromkeys(names.values()):
         file = index.parent / shard
-        if (
-            not layout.is_file_name(shard)
-            or file.resolve().parent != index.parent.resolve()
-        ):
+        if not layout.is_file_name(shard) or file.resolve().parent != index.parent.resolve():
             raise CheckpointError(
                 explain(
-                    f"{index} names the shard {shard!r}, outside its folder.",
-                    remedy="Do not trust this checkpoint.",
+                    f"{index} names the shard {shard!r}, outside its folder.", remedy="Do not trust this checkpoint."
                 )
             )
         if not file.is_file():
-            raise layout.MissingFile(
-                explain(f"{index} names the shard {shard!r}, which is not there.")
-            )
+            raise layout.MissingFile(explain(f"{index} names the shard {shard!r}, which is not there."))
         state.update(_read(file))
     if missing := [name for name in names if name not in state]:
-        raise CheckpointError(
-            explain(
-                f"{index} names tensors that its shards do not hold: {', '.join(missing[:5])}."
-            )
-        )
+        raise CheckpointError(explain(f"{index} names tensors that its shards do not hold: {', '.join(missing[:5])}."))
     return state
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    return (
-        read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
-    )
+    return read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
@@ -276,18 +226,14 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
             tied = (content.metadata() or {}).get(TIED_KEY, "{}")
         names = msgspec.json.decode(tied, type=dict[str, str])
     except (safetensors.SafetensorError, msgspec.DecodeError) as error:
-        raise CheckpointError(
-            explain(f"{file} is damaged: {error}", remedy="Use another checkpoint.")
-        ) from error
+        raise CheckpointError(explain(f"{file} is damaged: {error}", remedy="Use another checkpoint.")) from error
     for name, source in names.items():
         if source in state and name not in state:
             state[name] = state[source]
     return state
 
 
-def complete_tied(
-    state: dict[str, torch.Tensor], model: torch.nn.Module
-) -> dict[str, torch.Tensor]:
+def complete_tied(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Add the names that the model ties to one in `state`; other writers drop them without a record."""
     names_of: dict[tuple[Any, ...], list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -298,17 +244,12 @@ def complete_tied(
     for names in names_of.values():
         source = next((name for name in names if name in state), None)
         if source is not None:
-            completed.update(
-                {name: state[source] for name in names if name not in state}
-            )
+            completed.update({name: state[source] for name in names if name not in state})
     return completed
 
 
 def save(
-    obj: Any,
-    f: str | Path | IO[bytes],
-    save_on_each_node: bool = False,
-    safe_serialization: bool = False,
+    obj: Any, f: str | Path | IO[bytes], save_on_each_node: bool = False, safe_serialization: bool = False
 ) -> None:
     """Write `obj` once: on the main process, or on that of each node. Other processes return at once.
 
@@ -327,23 +268,18 @@ def save(
     if not isinstance(obj, Mapping):
         raise WrongTypeError(
             explain(
-                f"A {type(obj).__name__} cannot be a safetensors file.",
-                accepted="a dictionary of names and tensors",
+                f"A {type(obj).__name__} cannot be a safetensors file.", accepted="a dictionary of names and tensors"
             )
         )
     kept, tied = separate_tied(obj)
     _write_to(f, lambda target: _save_safetensors(kept, tied, target))
 
 
-def _save_safetensors(
-    tensors: dict[str, torch.Tensor], tied: dict[str, str], target: Path | IO[bytes]
-) -> None:
+def _save_safetensors(tensors: dict[str, torch.Tensor], tied: dict[str, str], target: Path | IO[bytes]) -> None:
     if isinstance(target, Path):
         write_safetensors(tensors, target, tied)
     else:
-        target.write(
-            safetensors.torch.save(own_memory(tensors), metadata=_metadata(tied))
-        )
+        target.write(safetensors.torch.save(own_memory(tensors), metadata=_metadata(tied)))
 
 
 def _write_to(f: str | Path | IO[bytes], write: Callable[[Any], None]) -> None:

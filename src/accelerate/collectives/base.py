@@ -35,9 +35,7 @@ class Collectives(ABC):
         """Overwrite `tensor` with the sum over all ranks, or the mean, and return it."""
 
     @abstractmethod
-    def scatter(
-        self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0
-    ) -> torch.Tensor:
+    def scatter(self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0) -> torch.Tensor:
         """Fill `output` with this rank's element of the list that rank `src` holds, and return it.
 
         Args:

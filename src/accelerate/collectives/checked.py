@@ -29,15 +29,10 @@ class CheckedCollectives(Collectives):
         Raises:
             DistributedOperationException: With the operation and shapes of each rank.
         """
-        brought = self.inner.all_gather_object(
-            (operation, repr(tree_map(_describe, data)))
-        )
+        brought = self.inner.all_gather_object((operation, repr(tree_map(_describe, data))))
         if all(item == brought[0] for item in brought):
             return
-        table = "\n".join(
-            f"  - Process {rank}: {name} of {shape}"
-            for rank, (name, shape) in enumerate(brought)
-        )
+        table = "\n".join(f"  - Process {rank}: {name} of {shape}" for rank, (name, shape) in enumerate(brought))
         raise DistributedOperationException(
             explain(
                 f"Cannot {operation}: the processes came with different operations or shapes.\n{table}",
@@ -55,9 +50,7 @@ class CheckedCollectives(Collectives):
     def all_reduce(self, tensor: torch.Tensor, mean: bool = False) -> torch.Tensor:
         return self.inner.all_reduce(tensor, mean)
 
-    def scatter(
-        self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0
-    ) -> torch.Tensor:
+    def scatter(self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0) -> torch.Tensor:
         return self.inner.scatter(output, inputs, src)
 
     def all_gather_object(self, obj: Any) -> list[Any]:

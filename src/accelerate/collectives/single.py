@@ -22,9 +22,7 @@ class SingleProcess(Collectives):
     def all_reduce(self, tensor: torch.Tensor, mean: bool = False) -> torch.Tensor:
         return tensor
 
-    def scatter(
-        self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0
-    ) -> torch.Tensor:
+    def scatter(self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0) -> torch.Tensor:
         return output if inputs is None else output.copy_(inputs[0])
 
     def all_gather_object(self, obj: Any) -> list[Any]:

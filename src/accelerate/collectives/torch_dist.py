@@ -11,9 +11,7 @@ import torch.distributed as dist
 from .base import Collectives
 
 # Torch 2.13 renames the call; the old name warns there, the new one is absent before.
-_all_gather_single = (
-    getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-)
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 class TorchCollectives(Collectives):
@@ -27,16 +25,12 @@ class TorchCollectives(Collectives):
         """
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self._barrier_options = (
-            {"device_ids": [device.index]} if dist.get_backend() == "nccl" else {}
-        )
+        self._barrier_options: dict[str, Any] = {"device_ids": [device.index]} if dist.get_backend() == "nccl" else {}
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.detach() if tensor.dim() else tensor.detach()[None]
         tensor = tensor.contiguous()
-        joined = tensor.new_empty(
-            (self.world_size * tensor.shape[0], *tensor.shape[1:])
-        )
+        joined = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
         _all_gather_single(joined, tensor)
         return joined
 
@@ -54,9 +48,7 @@ class TorchCollectives(Collectives):
             )
         return tensor
 
-    def scatter(
-        self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0
-    ) -> torch.Tensor:
+    def scatter(self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0) -> torch.Tensor:
         dist.scatter(output, None if inputs is None else list(inputs), src)
         return output
 

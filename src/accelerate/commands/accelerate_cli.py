@@ -14,10 +14,7 @@ from ..core.errors import nearest
 from ..core.versions import __version__
 
 COMMANDS = {
-    "launch": (
-        "launch",
-        "Run a script on one process, several devices or several machines.",
-    ),
+    "launch": ("launch", "Run a script on one process, several devices or several machines."),
     "config": ("config", "Write the configuration file of `launch`."),
     "env": ("env", "Describe this machine, for a bug report."),
     "test": ("test", "Check that training works on this machine."),
@@ -38,9 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--version", action="version", version=f"accelerate {__version__}"
-    )
+    parser.add_argument("--version", action="version", version=f"accelerate {__version__}")
     return parser
 
 
@@ -53,18 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(1)
     if words[0].startswith("-"):
         parser.parse_args(words)  # --help and --version end here
-        parser.error(
-            f"{words[0]} stands where a command is expected: {', '.join(COMMANDS)}"
-        )
+        parser.error(f"{words[0]} stands where a command is expected: {', '.join(COMMANDS)}")
     name = words[0]
     if name in ABSENT:
-        parser.error(
-            f"the command {name!r} is not in accelerate {__version__} yet. Available: {', '.join(COMMANDS)}."
-        )
+        parser.error(f"the command {name!r} is not in accelerate {__version__} yet. Available: {', '.join(COMMANDS)}.")
     if name not in COMMANDS:
-        parser.error(
-            f"{name!r} is not a command.{nearest(name, COMMANDS)} Available: {', '.join(COMMANDS)}."
-        )
+        parser.error(f"{name!r} is not a command.{nearest(name, COMMANDS)} Available: {', '.join(COMMANDS)}.")
     importlib.import_module(f"accelerate.commands.{COMMANDS[name][0]}").main(words[1:])
 
 

@@ -27,15 +27,8 @@ def env_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     if subparsers is not None:
         parser = subparsers.add_parser("env", description=DESCRIPTION)
     else:
-        parser = argparse.ArgumentParser(
-            "accelerate env", description=DESCRIPTION, allow_abbrev=False
-        )
-    parser.add_argument(
-        "--config_file",
-        "--config-file",
-        metavar="FILE",
-        help="The configuration file to describe.",
-    )
+        parser = argparse.ArgumentParser("accelerate env", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--config_file", "--config-file", metavar="FILE", help="The configuration file to describe.")
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     if subparsers is not None:
         parser.set_defaults(func=env_command)
@@ -47,9 +40,7 @@ def env_command(args: argparse.Namespace) -> dict[str, Any]:
     facts = _facts()
     named = args.config_file is not None
     key = f"`Accelerate` {'config passed' if named else 'default config'}"
-    facts[key] = _config(
-        Path(args.config_file) if named else config_file.default_file(), required=named
-    )
+    facts[key] = _config(Path(args.config_file) if named else config_file.default_file(), required=named)
     if getattr(args, "json", False):
         print(json.dumps(facts, indent=2))
         return facts
@@ -83,9 +74,7 @@ def _facts() -> dict[str, Any]:
     if family is not CPU:
         kind = "GPU" if family.name in ("cuda", "mps") else family.name.upper()
         name = getattr(family.module, "get_device_name", None)
-        facts[f"{kind} type"] = (
-            f"{name() if name else family.name} ({family.count()} visible)"
-        )
+        facts[f"{kind} type"] = f"{name() if name else family.name} ({family.count()} visible)"
     return facts
 
 

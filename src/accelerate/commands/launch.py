@@ -23,16 +23,14 @@ from .options import REQUEST_FIELDS, add_launch_options
 from .utils import CustomArgumentParser, run
 
 DESCRIPTION = "Run a script: in one process, on all devices of this machine, or on several machines."
-EPILOG = "Flags may be written with dashes or underscores. Flags come before the script; what follows it is the script's."
+EPILOG = (
+    "Flags may be written with dashes or underscores. Flags come before the script; what follows it is the script's."
+)
 
 
 def launch_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     """Make the parser of `accelerate launch`; as a sub-parser, if `subparsers` is given."""
-    options: dict[str, Any] = {
-        "description": DESCRIPTION,
-        "epilog": EPILOG,
-        "allow_abbrev": False,
-    }
+    options: dict[str, Any] = {"description": DESCRIPTION, "epilog": EPILOG, "allow_abbrev": False}
     if subparsers is not None:
         parser = subparsers.add_parser("launch", **options)
     else:
@@ -102,16 +100,10 @@ def _prepared(args: argparse.Namespace) -> LaunchPlan | None:
 
 def request_from(args: argparse.Namespace) -> LaunchRequest:
     """Make a request of a namespace: what was given on the command line, or changed afterwards."""
-    flags = {
-        name: getattr(args, name) for name in REQUEST_FIELDS if _was_given(args, name)
-    }
+    flags = {name: getattr(args, name) for name in REQUEST_FIELDS if _was_given(args, name)}
     file = _file(args, on_cpu=bool(flags.get("cpu")))
     request = LaunchRequest.merge(
-        flags,
-        file,
-        env.read(),
-        script=args.training_script,
-        script_args=tuple(args.training_script_args),
+        flags, file, env.read(), script=args.training_script, script_args=tuple(args.training_script_args)
     )
     _check_script(request)
     return request
@@ -139,18 +131,10 @@ def _check_script(request: LaunchRequest) -> None:
     """Refuse a script that is not there, before anything heavy is loaded."""
     if request.module:
         return
-    there = (
-        shutil.which(request.script)
-        if request.no_python
-        else Path(request.script).exists()
-    )
+    there = shutil.which(request.script) if request.no_python else Path(request.script).exists()
     if there:
         return
-    what = (
-        "a program on the PATH, or the path of one"
-        if request.no_python
-        else "the path of a Python file"
-    )
+    what = "a program on the PATH, or the path of one" if request.no_python else "the path of a Python file"
     raise SettingError(
         explain(
             f"{request.script!r} does not exist (the script on the command line, looked for from {Path.cwd()}).",

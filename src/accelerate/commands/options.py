@@ -34,13 +34,7 @@ class Option:
         """Add the flag to a parser or a group."""
         flags = [self.flag or f"--{self.name}", *([self.short] if self.short else [])]
         if self.kind is bool:
-            group.add_argument(
-                *flags,
-                dest=self.name,
-                action="store_true",
-                default=self.default,
-                help=self.help,
-            )
+            group.add_argument(*flags, dest=self.name, action="store_true", default=self.default, help=self.help)
         else:
             numeric = "N" if self.kind in (int, float) else None
             group.add_argument(
@@ -60,9 +54,7 @@ GENERAL = (
         "The configuration file; by default the one `accelerate config default` writes, if it exists.",
         shown="FILE",
     ),
-    Option(
-        "quiet", "Print no notes and no report of failed processes.", bool, short="-q"
-    ),
+    Option("quiet", "Print no notes and no report of failed processes.", bool, short="-q"),
     Option(
         "dry_run",
         "Print what would be run, and where each value came from; run nothing.",
@@ -70,36 +62,20 @@ GENERAL = (
         False,
         flag="--dry-run",
     ),
-    Option(
-        "debug",
-        "Check before every collective that the tensors of all processes fit together.",
-        bool,
-    ),
+    Option("debug", "Check before every collective that the tensors of all processes fit together.", bool),
     Option("module", "The script is a module, as for `python -m`.", bool, short="-m"),
     Option("no_python", "The script is a program, and is not run by Python.", bool),
 )
 
 DEVICES = (
-    Option(
-        "cpu",
-        "Run on the CPU; with --num_processes, several processes talking through gloo.",
-        bool,
-        False,
-    ),
+    Option("cpu", "Run on the CPU; with --num_processes, several processes talking through gloo.", bool, False),
     Option("multi_gpu", "Insist on several devices.", bool, False),
-    Option(
-        "gpu_ids",
-        "The devices to use on this machine, such as 0,1; `all` for all that are visible.",
-        shown="IDS",
-    ),
+    Option("gpu_ids", "The devices to use on this machine, such as 0,1; `all` for all that are visible.", shown="IDS"),
 )
 
 RESOURCES = (
     Option(
-        "num_processes",
-        "Processes on all machines together; by default one for each visible device.",
-        int,
-        short="-n",
+        "num_processes", "Processes on all machines together; by default one for each visible device.", int, short="-n"
     ),
     Option(
         "mixed_precision",
@@ -107,31 +83,16 @@ RESOURCES = (
         choices=tuple(PrecisionType.list()),
         shown="NAME",
     ),
-    Option(
-        "gradient_accumulation_steps",
-        "Batches whose gradients are summed before the optimizer steps.",
-        int,
-    ),
+    Option("gradient_accumulation_steps", "Batches whose gradients are summed before the optimizer steps.", int),
     Option("num_cpu_threads_per_process", "OMP_NUM_THREADS of every process.", int),
-    Option(
-        "enable_cpu_affinity",
-        "Bind every process to the cores near its device.",
-        bool,
-        False,
-    ),
+    Option("enable_cpu_affinity", "Bind every process to the cores near its device.", bool, False),
 )
 
 MACHINES = (
     Option("num_machines", "Machines that take part.", int),
     Option("machine_rank", "Which of them this one is, from 0.", int),
-    Option(
-        "main_process_ip", "Address of machine 0, as the others reach it.", shown="HOST"
-    ),
-    Option(
-        "main_process_port",
-        "Port of machine 0; by default 29500, and any free one on a single machine.",
-        int,
-    ),
+    Option("main_process_ip", "Address of machine 0, as the others reach it.", shown="HOST"),
+    Option("main_process_port", "Port of machine 0; by default 29500, and any free one on a single machine.", int),
     Option(
         "same_network",
         "The machines share a network. Needs no special treatment; the address and port are used either way.",
@@ -144,9 +105,7 @@ MACHINES = (
         default="static",
         shown="NAME",
     ),
-    Option(
-        "rdzv_conf", "Options for it: key=value,key=value.", default="", shown="OPTIONS"
-    ),
+    Option("rdzv_conf", "Options for it: key=value,key=value.", default="", shown="OPTIONS"),
 )
 
 WORKERS = (
@@ -179,9 +138,7 @@ COMPILATION = (
     ),
     Option("dynamo_use_fullgraph", "Refuse graph breaks.", bool, False),
     Option("dynamo_use_dynamic", "Compile for changing shapes.", bool, False),
-    Option(
-        "dynamo_use_regional_compilation", "Compile repeated blocks once.", bool, False
-    ),
+    Option("dynamo_use_regional_compilation", "Compile repeated blocks once.", bool, False),
 )
 
 GROUPS = {
@@ -202,29 +159,11 @@ REQUEST_FIELDS = tuple(
 
 _ENGINES = {
     ("use_fsdp", "fsdp_"): "the FSDP engine",
-    (
-        "use_deepspeed",
-        "deepspeed_",
-        "zero_",
-        "zero3_",
-        "offload_",
-        "gradient_clipping",
-    ): "the DeepSpeed engine",
+    ("use_deepspeed", "deepspeed_", "zero_", "zero3_", "offload_", "gradient_clipping"): "the DeepSpeed engine",
     ("use_megatron_lm", "megatron_lm_"): "the Megatron-LM engine",
-    (
-        "use_parallelism_config",
-        "parallelism_config_",
-    ): "device meshes with several axes",
+    ("use_parallelism_config", "parallelism_config_"): "device meshes with several axes",
     ("fp8_",): "an fp8 engine",
-    (
-        "tpu",
-        "tpu_",
-        "no_tpu_cluster",
-        "vm",
-        "env",
-        "main_training_function",
-        "downcast_bf16",
-    ): "the TPU launcher",
+    ("tpu", "tpu_", "no_tpu_cluster", "vm", "env", "main_training_function", "downcast_bf16"): "the TPU launcher",
     ("mpirun_hostfile",): "the MPI launcher",
     ("aws_",): "SageMaker support",
 }
@@ -236,9 +175,7 @@ def engine_of(flag: str) -> str | None:
     name = flag.lstrip("-").replace("-", "_")
     for beginnings, engine in _ENGINES.items():
         for beginning in beginnings:
-            if name == beginning or (
-                beginning.endswith("_") and name.startswith(beginning)
-            ):
+            if name == beginning or (beginning.endswith("_") and name.startswith(beginning)):
                 return engine
     return None
 
@@ -263,13 +200,8 @@ def add_launch_options(parser: CustomArgumentParser) -> None:
         group = parser.add_argument_group(title)
         for option in options:
             option.add_to(group)
+    parser.add_argument("training_script", type=str, metavar="SCRIPT", help="What to run.")
     parser.add_argument(
-        "training_script", type=str, metavar="SCRIPT", help="What to run."
-    )
-    parser.add_argument(
-        "training_script_args",
-        nargs=argparse.REMAINDER,
-        metavar="ARGS",
-        help="Everything after it is passed on to it.",
+        "training_script_args", nargs=argparse.REMAINDER, metavar="ARGS", help="Everything after it is passed on to it."
     )
     parser.explain_unknown = explain_absent

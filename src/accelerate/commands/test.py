@@ -14,20 +14,13 @@ DESCRIPTION = "Check on this machine that processes meet, data is shared out and
 SCRIPT = Path(__file__).parents[1] / "test_utils" / "scripts" / "test_script.py"
 
 
-def test_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
+def test_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:  # noqa: PT028  (not a test)
     """Make the parser of `accelerate test`; as a sub-parser, if `subparsers` is given."""
     if subparsers is not None:
         parser = subparsers.add_parser("test", description=DESCRIPTION)
     else:
-        parser = argparse.ArgumentParser(
-            "accelerate test", description=DESCRIPTION, allow_abbrev=False
-        )
-    parser.add_argument(
-        "--config_file",
-        "--config-file",
-        metavar="FILE",
-        help="The configuration file to test with.",
-    )
+        parser = argparse.ArgumentParser("accelerate test", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--config_file", "--config-file", metavar="FILE", help="The configuration file to test with.")
     if subparsers is not None:
         parser.set_defaults(func=test_command)
     return parser

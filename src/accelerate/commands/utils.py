@@ -20,9 +20,7 @@ USAGE_STATUS = 2
 class _Store(argparse._StoreAction):
     """Stores a value and notes that it was given."""
 
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         _note(namespace, self)
         super().__call__(parser, namespace, values, option_string)
 
@@ -30,9 +28,7 @@ class _Store(argparse._StoreAction):
 class _StoreTrue(argparse._StoreTrueAction):
     """Stores `True` and notes that it was given."""
 
-    def __call__(
-        self, parser: Any, namespace: Any, values: Any, option_string: str | None = None
-    ) -> None:
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         _note(namespace, self)
         super().__call__(parser, namespace, values, option_string)
 
@@ -47,10 +43,7 @@ def _spellings(names: Sequence[str]) -> list[str]:
     found = list(names)
     for name in names:
         if name.startswith("--"):
-            found += [
-                f"--{name[2:].replace('_', '-')}",
-                f"--{name[2:].replace('-', '_')}",
-            ]
+            found += [f"--{name[2:].replace('_', '-')}", f"--{name[2:].replace('-', '_')}"]
     return list(dict.fromkeys(found))
 
 
@@ -103,14 +96,11 @@ class CustomArgumentParser(argparse.ArgumentParser):
 
     def describe_unknown(self, unknown: Sequence[str]) -> str:
         """Say what is wrong with words that no flag takes, naming the nearest flag."""
-        flag = next(
-            (word for word in unknown if word.startswith("-")), unknown[0]
-        ).partition("=")[0]
+        flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
         more = self.explain_unknown(flag) if self.explain_unknown else ""
         known = [name for name in self._option_string_actions if name.startswith("--")]
-        return (
-            f"unrecognized arguments: {' '.join(unknown)}\n{more or f'{flag} is not a flag of {self.prog}.'}"
-            + ("" if more else nearest(flag, known))
+        return f"unrecognized arguments: {' '.join(unknown)}\n{more or f'{flag} is not a flag of {self.prog}.'}" + (
+            "" if more else nearest(flag, known)
         )
 
 

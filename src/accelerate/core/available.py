@@ -29,9 +29,7 @@ def is_installed(module: str, distribution: str | None = None) -> bool:
     return True
 
 
-def require(
-    module: str, *, setting: str, install: str, distribution: str | None = None
-) -> None:
+def require(module: str, *, setting: str, install: str, distribution: str | None = None) -> None:
     """Raise `MissingPackage` unless the package is here.
 
     Args:
@@ -167,8 +165,4 @@ def is_torchdata_stateful_dataloader_available() -> bool:
 
 def is_fp8_available() -> bool:
     """Tell whether any library for eight-bit training is here."""
-    return (
-        is_transformer_engine_available()
-        or is_torchao_available()
-        or is_msamp_available()
-    )
+    return is_transformer_engine_available() or is_torchao_available() or is_msamp_available()

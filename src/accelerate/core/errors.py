@@ -55,9 +55,7 @@ class LaunchError(AccelerateError, RuntimeError):
     """Processes could not be started, or one of them failed."""
 
 
-def explain(
-    problem: str, *, accepted: Iterable[object] | str | None = None, remedy: str = ""
-) -> str:
+def explain(problem: str, *, accepted: Iterable[object] | str | None = None, remedy: str = "") -> str:
     """Join the parts of an error message into one paragraph.
 
     Args:
@@ -67,11 +65,7 @@ def explain(
     """
     lines = [problem]
     if accepted is not None:
-        text = (
-            accepted
-            if isinstance(accepted, str)
-            else ", ".join(repr(item) for item in accepted)
-        )
+        text = accepted if isinstance(accepted, str) else ", ".join(repr(item) for item in accepted)
         lines.append(f"Accepted: {text}.")
     if remedy:
         lines.append(remedy)

@@ -30,9 +30,7 @@ def str_to_bool(value: str, to_bool: bool = False) -> int | bool:
     """
     word = value.lower()
     if word not in _TRUE + _FALSE:
-        raise SettingError(
-            explain(f"{value!r} is not a boolean.", accepted=_TRUE + _FALSE)
-        )
+        raise SettingError(explain(f"{value!r} is not a boolean.", accepted=_TRUE + _FALSE))
     truth = word in _TRUE
     return truth if to_bool else int(truth)
 

@@ -11,11 +11,7 @@ from typing import Any
 
 def is_namedtuple(data: object) -> bool:
     """Tell whether `data` is an instance of a namedtuple class."""
-    return (
-        isinstance(data, tuple)
-        and hasattr(data, "_asdict")
-        and hasattr(data, "_fields")
-    )
+    return isinstance(data, tuple) and hasattr(data, "_asdict") and hasattr(data, "_fields")
 
 
 def honor_type(obj: Any, generator: Any) -> Any:
@@ -33,9 +29,7 @@ def tree_map(leaf: Callable[[Any], Any], data: Any) -> Any:
     if isinstance(data, (list, tuple)):
         return honor_type(data, (tree_map(leaf, item) for item in data))
     if isinstance(data, Mapping):
-        return rebuild_mapping(
-            data, {key: tree_map(leaf, value) for key, value in data.items()}
-        )
+        return rebuild_mapping(data, {key: tree_map(leaf, value) for key, value in data.items()})
     return leaf(data)
 
 
@@ -68,9 +62,6 @@ def tree_zip_map(leaf: Callable[..., Any], first: Any, *others: Any) -> Any:
     if isinstance(first, Mapping):
         return rebuild_mapping(
             first,
-            {
-                key: tree_zip_map(leaf, first[key], *(o[key] for o in others))
-                for key in first
-            },
+            {key: tree_zip_map(leaf, first[key], *(o[key] for o in others)) for key in first},
         )
     return leaf(first, *others)

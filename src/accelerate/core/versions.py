@@ -8,10 +8,11 @@ from __future__ import annotations
 import importlib.metadata
 import operator
 from collections.abc import Callable
+from typing import Any
 
 __version__ = "2.0.0"
 
-_OPERATORS: dict[str, Callable[[object, object], bool]] = {
+_OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "<=": operator.le,
     "==": operator.eq,
@@ -21,9 +22,7 @@ _OPERATORS: dict[str, Callable[[object, object], bool]] = {
 }
 
 
-def compare_versions(
-    library_or_version: object, operation: str, requirement_version: str
-) -> bool:
+def compare_versions(library_or_version: object, operation: str, requirement_version: str) -> bool:
     """Compare an installed package's version, or a version, with a requirement.
 
     Args:
@@ -38,9 +37,7 @@ def compare_versions(
 
     if operation not in _OPERATORS:
         accepted = ", ".join(_OPERATORS)
-        raise ValueError(
-            f"operation={operation!r} does not compare versions. Accepted: {accepted}."
-        )
+        raise ValueError(f"operation={operation!r} does not compare versions. Accepted: {accepted}.")
     found = library_or_version
     if isinstance(found, str):
         found = parse(importlib.metadata.version(found))

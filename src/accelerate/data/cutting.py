@@ -71,9 +71,7 @@ class Cutter:
         """
         if self.slice_fn is None and not self.split and len(batches) == self.count:
             sizes = [self._rows(batch) for batch in batches]
-            if (
-                len(set(sizes)) == 1
-            ):  # the common case: each shard's piece is one batch as it was read
+            if len(set(sizes)) == 1:  # the common case: each shard's piece is one batch as it was read
                 return batches, sum(sizes)
         whole, rows = self._join(batches)
         share = rows // self.count if self.drop_last else -(-rows // self.count)
@@ -94,9 +92,7 @@ class Cutter:
                     remedy="Return tensors from collate_fn, or pass dispatch_batches=False.",
                 )
             )
-        if (
-            self.slice_fn is None
-        ):  # the user's own slicing knows what to do with the others
+        if self.slice_fn is None:  # the user's own slicing knows what to do with the others
             _check_same_rows(batch, rows)
         return rows
 
@@ -107,15 +103,11 @@ class Cutter:
     def _piece(self, whole: Any, index: int, share: int) -> Any:
         mine = slice(index * share, (index + 1) * share)
         if self.slice_fn is not None:
-            return self.slice_fn(
-                whole, mine, process_index=index, num_processes=self.count
-            )
+            return self.slice_fn(whole, mine, process_index=index, num_processes=self.count)
         return _map_rows(whole, share * self.count, lambda data: data[mine])
 
     def _top_up(self, whole: Any, rows: int, target: int) -> Any:
-        assert (
-            self._opening is not None
-        )  # the first read was remembered, unless rows are dropped
+        assert self._opening is not None  # the first read was remembered, unless rows are dropped
         opening, available = self._opening
         extra = _map_rows(
             opening,
@@ -127,9 +119,7 @@ class Cutter:
 
 def _take(data: Any, places: list[int]) -> Any:
     return (
-        data[torch.tensor(places, device=data.device)]
-        if isinstance(data, torch.Tensor)
-        else [data[i] for i in places]
+        data[torch.tensor(places, device=data.device)] if isinstance(data, torch.Tensor) else [data[i] for i in places]
     )
 
 
@@ -185,7 +175,5 @@ def _map_rows(data: Any, rows: int, function: Callable[[Any], Any]) -> Any:
     if isinstance(data, (list, tuple)):
         return honor_type(data, [_map_rows(item, rows, function) for item in data])
     if isinstance(data, Mapping):
-        return rebuild_mapping(
-            data, {key: _map_rows(item, rows, function) for key, item in data.items()}
-        )
+        return rebuild_mapping(data, {key: _map_rows(item, rows, function) for key, item in data.items()})
     return data

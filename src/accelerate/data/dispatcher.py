@@ -86,9 +86,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         iteration: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            dataset, use_stateful_dataloader=use_stateful_dataloader, **kwargs
-        )
+        super().__init__(dataset, use_stateful_dataloader=use_stateful_dataloader, **kwargs)
         self.split_batches = split_batches
         self.skip_batches = skip_batches
         self.gradient_state = GradientState()
@@ -120,11 +118,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
 
     def _submesh(self, axis: str) -> Any:
         mesh = self.torch_device_mesh
-        return (
-            mesh[axis]
-            if mesh is not None and axis in (mesh.mesh_dim_names or ())
-            else None
-        )
+        return mesh[axis] if mesh is not None and axis in (mesh.mesh_dim_names or ()) else None
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         runtime = state.current_or_single()
@@ -157,9 +151,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
 
     def _read_alone(self) -> Iterator[tuple[Any, int, int]]:
         """One process: only look one ahead."""
-        cutter = Cutter(
-            count=1, split=True, drop_last=self._drop_last, slice_fn=self.slice_fn
-        )
+        cutter = Cutter(count=1, split=True, drop_last=self._drop_last, slice_fn=self.slice_fn)
         batches = islice(iter(self.base_dataloader), self._batches_to_skip(), None)
         current = next(batches, None)
         while current is not None:
@@ -174,9 +166,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
             )
             current = following
 
-    def _serve(
-        self, runtime: Runtime, shard_of: list[int]
-    ) -> Iterator[tuple[Any, int, int]]:
+    def _serve(self, runtime: Runtime, shard_of: list[int]) -> Iterator[tuple[Any, int, int]]:
         """Rank 0. See [Note: the protocol]."""
         collectives, own = runtime.collectives, shard_of[0]
         # Where batches need no transfer, rank 0 keeps its own piece.
@@ -194,20 +184,12 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
                 header = (LAST, step.observed)
             else:
                 header = (
-                    SAME
-                    if following is not None and following.layouts == announced
-                    else ANNOUNCED,
+                    SAME if following is not None and following.layouts == announced else ANNOUNCED,
                     -1,
                 )
-            message = self._send(
-                runtime, step, header, shard_of, keep=not received_here
-            )
+            message = self._send(runtime, step, header, shard_of, keep=not received_here)
             yield (
-                (
-                    unpack(message, step.layouts[own])
-                    if received_here
-                    else step.pieces[own]
-                ),
+                (unpack(message, step.layouts[own]) if received_here else step.pieces[own]),
                 header[0],
                 header[1],
             )
@@ -232,9 +214,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         device = runtime.device
         size = max(layout.num_bytes for layout in step.layouts)
         wanted = set(shard_of[1:] if keep else shard_of)
-        packed = {
-            shard: pack(header, step.tensors[shard], size, device) for shard in wanted
-        }
+        packed = {shard: pack(header, step.tensors[shard], size, device) for shard in wanted}
         messages = [packed[shard] for shard in shard_of[1:]]
         own = allocate(size, device) if keep else packed[shard_of[0]]
         return runtime.collectives.scatter(allocate(size, device), [own, *messages])
@@ -263,20 +243,11 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the current pass, counting only batches that the loop was given; empty but on rank 0."""
-        return (
-            super().state_dict() if state.current_or_single().process.rank == 0 else {}
-        )
+        return super().state_dict() if state.current_or_single().process.rank == 0 else {}
 
     @property
     def _num_shards(self) -> int:
-        return (
-            max(
-                _shards_of_ranks(
-                    state.current_or_single().process.world_size, self.torch_device_mesh
-                )
-            )
-            + 1
-        )
+        return max(_shards_of_ranks(state.current_or_single().process.world_size, self.torch_device_mesh)) + 1
 
     def _read_steps(self, count: int) -> Iterator[_Step]:
         """Read and cut batches for `count` data shards, leaving out the steps to skip."""
@@ -291,9 +262,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         while group := list(islice(batches, 1 if self.split_batches else count)):
             cutter.remember_opening(group)
             number += 1
-            if number <= skipped or (
-                self._drop_last and not self.split_batches and len(group) < count
-            ):
+            if number <= skipped or (self._drop_last and not self.split_batches and len(group) < count):
                 continue
             pieces, observed = cutter.cut(group)
             if pieces:
@@ -308,11 +277,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
     def __len__(self) -> int:
         length = super().__len__()
         if not self.split_batches:
-            length = (
-                length // self._num_shards
-                if self._drop_last
-                else -(-length // self._num_shards)
-            )
+            length = length // self._num_shards if self._drop_last else -(-length // self._num_shards)
         return max(0, length - self.skip_batches)
 
     def set_epoch(self, epoch: int) -> None:
@@ -327,14 +292,8 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         Raises:
             SettingError: (a `ValueError`) if batches have no fixed size.
         """
-        size = (
-            self.batch_size
-            if self.batch_size is not None
-            else getattr(self.index_sampler, "batch_size", None)
-        )
-        return known_batch_size(size, self.index_sampler) * (
-            1 if self.split_batches else self._num_shards
-        )
+        size = self.batch_size if self.batch_size is not None else getattr(self.index_sampler, "batch_size", None)
+        return known_batch_size(size, self.index_sampler) * (1 if self.split_batches else self._num_shards)
 
     @property
     def total_dataset_length(self) -> int:
@@ -350,9 +309,7 @@ def _shards_of_ranks(world_size: int, mesh: Any) -> list[int]:
     shards = [0] * world_size
     for coordinate in (mesh.mesh >= 0).nonzero().tolist():
         rank = int(mesh.mesh[tuple(coordinate)])
-        shards[rank] = mesh_data_shard(
-            mesh.mesh_dim_names, tuple(mesh.mesh.shape), coordinate
-        )[0]
+        shards[rank] = mesh_data_shard(mesh.mesh_dim_names, tuple(mesh.mesh.shape), coordinate)[0]
     return shards
 
 

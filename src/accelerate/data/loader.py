@@ -75,9 +75,7 @@ class DataLoaderAdapter(DataLoader[Any]):
 
     def __setattr__(self, name: str, value: Any) -> None:
         base = self.__dict__.get("base_dataloader")
-        if base is not None and (
-            name in base.__dict__ or name == "multiprocessing_context"
-        ):
+        if base is not None and (name in base.__dict__ or name == "multiprocessing_context"):
             setattr(base, name, value)
         else:
             object.__setattr__(self, name, value)
@@ -152,11 +150,7 @@ class DataLoaderAdapter(DataLoader[Any]):
 
 def index_sampler(dataloader: DataLoader[Any]) -> Any:
     """Return what says which indices make a batch: the batch sampler, or a sampler that takes its place."""
-    return (
-        dataloader.sampler
-        if dataloader.batch_sampler is None
-        else dataloader.batch_sampler
-    )
+    return dataloader.sampler if dataloader.batch_sampler is None else dataloader.batch_sampler
 
 
 def replace_innermost_sampler(dataloader: DataLoader[Any], sampler: Any) -> None:
@@ -202,9 +196,7 @@ class DataLoaderStateMixin:
 
     def begin(self) -> None:
         """Start a pass: this is the innermost loader now."""
-        for _ in range(
-            self._left_early
-        ):  # a pass that was broken off left it among the active ones
+        for _ in range(self._left_early):  # a pass that was broken off left it among the active ones
             self.gradient_state._remove_dataloader(self)
         self._left_early = 0
         self.reset()
@@ -249,9 +241,7 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         iteration: int = 0,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            dataset, use_stateful_dataloader=use_stateful_dataloader, **kwargs
-        )
+        super().__init__(dataset, use_stateful_dataloader=use_stateful_dataloader, **kwargs)
         self.device = device
         self.rng_types = rng_types
         self.synchronized_generator = synchronized_generator
@@ -268,11 +258,7 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         self.begin()
         self.set_epoch(self.iteration)
         place = placement(self.device, self._non_blocking)
-        look_ahead = (
-            self.adjust_state_dict_for_prefetch
-            if self.use_stateful_dataloader
-            else None
-        )
+        look_ahead = self.adjust_state_dict_for_prefetch if self.use_stateful_dataloader else None
         batches = islice(iter(self.base_dataloader), self._batches_to_skip(), None)
         try:
             current = next(batches, _NOTHING)
@@ -317,9 +303,7 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
     def total_dataset_length(self) -> int:
         """Number of samples in the dataset; of a sharded iterable dataset, in this process's share."""
         dataset: Any = self.dataset
-        return (
-            dataset.total_length if hasattr(dataset, "total_length") else len(dataset)
-        )
+        return dataset.total_length if hasattr(dataset, "total_length") else len(dataset)
 
     def _total_batch_size(self) -> int | None:
         sampler = self.index_sampler
@@ -354,11 +338,7 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
             return
         # Its order follows from its seed, which ranks took from their own generators, and not from its state.
         if RNGType.GENERATOR in [RNGType(kind) for kind in self.rng_types]:
-            sampler.initial_seed = (
-                state.current_or_single().collectives.broadcast_object(
-                    sampler.initial_seed
-                )
-            )
+            sampler.initial_seed = state.current_or_single().collectives.broadcast_object(sampler.initial_seed)
             self._seed_is_shared = True
 
 
@@ -385,15 +365,8 @@ def _unsharded(sampler: Any) -> Any:
     return sampler
 
 
-def placement(
-    device: torch.device | str | int | None, non_blocking: bool
-) -> Callable[[Any], Any] | None:
+def placement(device: torch.device | str | int | None, non_blocking: bool) -> Callable[[Any], Any] | None:
     """Return what moves a batch to `device`, or `None` when batches are made where they are used."""
-    if (
-        device is None
-        or not hardware.of(torch.device(device), "device of a loader").needs_placement
-    ):
+    if device is None or not hardware.of(torch.device(device), "device of a loader").needs_placement:
         return None
-    return partial(
-        send_to_device, device=torch.device(device), non_blocking=non_blocking
-    )
+    return partial(send_to_device, device=torch.device(device), non_blocking=non_blocking)

@@ -6,8 +6,8 @@ Owns the layout of a message of the dispatcher. Never talks to other ranks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,20 +15,12 @@ HEADER_BYTES = 16
 """Two integers of 64 bits. Tensors follow, widest elements first, so that each begins at a multiple of its width."""
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """Where a tensor stood: one of dense numbers, so that its bytes are all of it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Length of its bytes."""
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+    num_bytes: int
 
 
 class Constant:
@@ -51,8 +43,7 @@ class Constant:
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
 
-@dataclass(frozen=True)
-class Container:
+class Container(NamedTuple):
     """A list, tuple or mapping, with what it holds."""
 
     kind: type
@@ -60,8 +51,7 @@ class Container:
     items: tuple[Any, ...]
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """The structure of a batch, the order of its tensors in the buffer, and all leaves that are not tensors."""
 
     root: Slot | Constant | Container
@@ -74,29 +64,21 @@ class Layout:
         slots: list[Slot] = []
         tensors: list[torch.Tensor] = []
         root = _describe(batch, slots, tensors)
-        order = tuple(
-            sorted(range(len(slots)), key=lambda place: -slots[place].dtype.itemsize)
-        )
-        size = HEADER_BYTES + sum(slot.num_bytes for slot in slots)
+        size = HEADER_BYTES + sum([slot.num_bytes for slot in slots])
+        if len(slots) == 1:
+            return Layout(root, (0,), size), tensors
+        order = tuple(sorted(range(len(slots)), key=lambda place: -slots[place].dtype.itemsize))
         return Layout(root, order, size), [tensors[place] for place in order]
 
 
-def _describe(
-    data: Any, slots: list[Slot], tensors: list[torch.Tensor]
-) -> Slot | Constant | Container:
-    if (
-        type(data) is torch.Tensor
-        and data.layout is torch.strided
-        and not data.is_quantized
-    ):
-        slot = Slot(data.dtype, tuple(data.shape))
+def _describe(data: Any, slots: list[Slot], tensors: list[torch.Tensor]) -> Slot | Constant | Container:
+    if type(data) is torch.Tensor and data.layout is torch.strided and not data.is_quantized:
+        slot = Slot(data.dtype, data.shape, data.nbytes)
         slots.append(slot)
         tensors.append(data)
         return slot
     if isinstance(data, (list, tuple)):
-        return Container(
-            type(data), None, tuple([_describe(item, slots, tensors) for item in data])
-        )
+        return Container(type(data), None, tuple([_describe(item, slots, tensors) for item in data]))
     if isinstance(data, Mapping):
         items = tuple([_describe(item, slots, tensors) for item in data.values()])
         return Container(type(data), tuple(data.keys()), items)
@@ -122,11 +104,7 @@ def _build(node: Slot | Constant | Container, tensors: Iterator[torch.Tensor]) -
         return mapping if node.kind is dict else node.kind(mapping)
     if node.kind is list:
         return items
-    return (
-        node.kind(*items)
-        if issubclass(node.kind, tuple) and hasattr(node.kind, "_fields")
-        else node.kind(items)
-    )
+    return node.kind(*items) if issubclass(node.kind, tuple) and hasattr(node.kind, "_fields") else node.kind(items)
 
 
 def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
@@ -134,21 +112,26 @@ def allocate(num_bytes: int, device: torch.device) -> torch.Tensor:
     return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
-def pack(
-    header: tuple[int, int],
-    tensors: list[torch.Tensor],
-    num_bytes: int,
-    device: torch.device,
-) -> torch.Tensor:
+def pack(header: tuple[int, int], tensors: list[torch.Tensor], num_bytes: int, device: torch.device) -> torch.Tensor:
     """Write a message of `num_bytes`, which may be more than these tensors need."""
-    parts = [torch.tensor(header, dtype=torch.int64), *tensors]
-    if any(part.device != parts[0].device for part in parts):
+    parts = [_header(header)]
+    place, filled = parts[0].device, HEADER_BYTES
+    for tensor in tensors:
+        if tensor.device != place:  # made on the device already: join everything there
+            place = device
+        flat = (tensor.detach() if tensor.requires_grad else tensor).reshape(-1)
+        parts.append(flat.view(torch.uint8))
+        filled += tensor.nbytes
+    if filled < num_bytes:
+        parts.append(torch.empty(num_bytes - filled, dtype=torch.uint8))
+    if place is device:
         parts = [part.to(device) for part in parts]
-    flat = [part.detach().reshape(-1).view(torch.uint8) for part in parts]
-    missing = num_bytes - sum(part.numel() for part in flat)
-    if missing:
-        flat.append(flat[0].new_empty(missing))
-    return torch.cat(flat).to(device)
+    return torch.cat(parts).to(device)
+
+
+@lru_cache(maxsize=16)
+def _header(header: tuple[int, int]) -> torch.Tensor:
+    return torch.tensor(header, dtype=torch.int64).view(torch.uint8)
 
 
 def read_header(message: torch.Tensor) -> tuple[int, int]:
@@ -159,13 +142,13 @@ def read_header(message: torch.Tensor) -> tuple[int, int]:
 
 def unpack(message: torch.Tensor, layout: Layout) -> Any:
     """Return the batch in a message. Its tensors share the memory of the message."""
+    if isinstance(layout.root, Slot):
+        return message[HEADER_BYTES : layout.num_bytes].view(layout.root.dtype).view(layout.root.shape)
     slots = list(_slots(layout.root))
     found: list[torch.Tensor] = [message] * len(slots)
     start = HEADER_BYTES
     for place in layout.order:
         slot = slots[place]
-        found[place] = (
-            message[start : start + slot.num_bytes].view(slot.dtype).view(slot.shape)
-        )
+        found[place] = message[start : start + slot.num_bytes].view(slot.dtype).view(slot.shape)
         start += slot.num_bytes
     return _build(layout.root, iter(found))

@@ -91,16 +91,13 @@ def prepare_data_loader(
         _make_seedable(dataloader, data_seed)
     common = {
         "use_stateful_dataloader": use_stateful_dataloader,
-        "_drop_last": dataloader.drop_last
-        or getattr(dataloader.batch_sampler, "drop_last", False),
+        "_drop_last": dataloader.drop_last or getattr(dataloader.batch_sampler, "drop_last", False),
         "_non_blocking": non_blocking,
         "torch_device_mesh": torch_device_mesh,
     }
     if dispatch_batches:
         if split_batches:
-            ShardPlan(
-                count=count, batch_size=_batch_size(dataloader), split=True
-            ).check()
+            ShardPlan(count=count, batch_size=_batch_size(dataloader), split=True).check()
         return DataLoaderDispatcher(
             split_batches=split_batches,
             slice_fn=slice_fn_for_dispatch,
@@ -111,9 +108,7 @@ def prepare_data_loader(
     if count > 1:
         generator, rng_types = _shared_generator(dataloader, rng_types)
     elif rng_types is not None:
-        rng_types = [
-            kind for kind in rng_types if check_rng_type(kind) is not RNGType.GENERATOR
-        ]
+        rng_types = [kind for kind in rng_types if check_rng_type(kind) is not RNGType.GENERATOR]
     return DataLoaderShard(
         device=device if put_on_device else None,
         rng_types=rng_types,
@@ -151,9 +146,7 @@ def loader_arguments(dataloader: DataLoader[Any]) -> dict[str, Any]:
         arguments["prefetch_factor"] = dataloader.prefetch_factor
         arguments["multiprocessing_context"] = dataloader.multiprocessing_context
     if isinstance(dataloader.dataset, IterableDataset):
-        arguments.update(
-            batch_size=dataloader.batch_size, drop_last=dataloader.drop_last
-        )
+        arguments.update(batch_size=dataloader.batch_size, drop_last=dataloader.drop_last)
     elif dataloader.batch_sampler is not None:
         arguments["batch_sampler"] = dataloader.batch_sampler
     else:
@@ -202,9 +195,7 @@ def _batch_size(dataloader: DataLoader[Any]) -> int | None:
     return getattr(index_sampler(dataloader), "batch_size", None)
 
 
-def _data_shard(
-    num_processes: int | None, process_index: int | None, mesh: Any
-) -> tuple[int, int]:
+def _data_shard(num_processes: int | None, process_index: int | None, mesh: Any) -> tuple[int, int]:
     if mesh is not None and mesh.mesh_dim_names:
         coordinate = mesh.get_coordinate()
         if coordinate is None:
@@ -246,11 +237,7 @@ def _shared_generator(
     that does not change its order. It stays without one when ranks are asked to share the global one itself.
     """
     kinds = [check_rng_type(kind) for kind in rng_types or ()]
-    source: Any = (
-        dataloader.dataset
-        if isinstance(dataloader.dataset, IterableDataset)
-        else get_sampler(dataloader)
-    )
+    source: Any = dataloader.dataset if isinstance(dataloader.dataset, IterableDataset) else get_sampler(dataloader)
     generator = getattr(source, "generator", None)
     if (
         generator is None
@@ -262,7 +249,5 @@ def _shared_generator(
         generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
         source.generator = generator
     if not isinstance(generator, torch.Generator):
-        return None, None if rng_types is None else [
-            kind for kind in kinds if kind is not RNGType.GENERATOR
-        ]
+        return None, None if rng_types is None else [kind for kind in kinds if kind is not RNGType.GENERATOR]
     return generator, rng_types

@@ -33,9 +33,7 @@ class SkipDataLoader(DataLoaderAdapter, DataLoaderStateMixin):
         use_stateful_dataloader: bool = False,
         **kwargs: Any,
     ) -> None:
-        super().__init__(
-            dataset, use_stateful_dataloader=use_stateful_dataloader, **kwargs
-        )
+        super().__init__(dataset, use_stateful_dataloader=use_stateful_dataloader, **kwargs)
         self.skip_batches = skip_batches
         self.gradient_state = GradientState()
 
@@ -49,9 +47,7 @@ class SkipDataLoader(DataLoaderAdapter, DataLoaderStateMixin):
         return max(0, super().__len__() - self.skip_batches)
 
 
-def skip_first_batches(
-    dataloader: DataLoader[Any], num_batches: int = 0
-) -> DataLoader[Any]:
+def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> DataLoader[Any]:
     """Make a loader like this one without its first batches. The given loader is left as it is.
 
     The new loader leaves them out in every pass, so go back to the given one for the next epoch. Where there is a
@@ -93,19 +89,14 @@ def skip_first_batches(
             device=dataloader.device,
             rng_types=dataloader.rng_types,
             synchronized_generator=dataloader.synchronized_generator,
-            skip_batches=dataloader.skip_batches
-            + _left_to_reading(arguments, num_batches),
+            skip_batches=dataloader.skip_batches + _left_to_reading(arguments, num_batches),
             **_of_prepared(dataloader),
             **arguments,
         )
-    elif isinstance(dataloader, SkipDataLoader) or isinstance(
-        dataloader.dataset, IterableDataset
-    ):
+    elif isinstance(dataloader, SkipDataLoader) or isinstance(dataloader.dataset, IterableDataset):
         skipping = SkipDataLoader(
             skip_batches=getattr(dataloader, "skip_batches", 0) + num_batches,
-            use_stateful_dataloader=getattr(
-                dataloader, "use_stateful_dataloader", False
-            ),
+            use_stateful_dataloader=getattr(dataloader, "use_stateful_dataloader", False),
             **arguments,
         )
     else:

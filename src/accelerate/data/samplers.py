@@ -48,17 +48,13 @@ class SeedableRandomSampler(RandomSampler):
         super().__init__(*args, **kwargs)
         if self.generator is None:
             self.generator = torch.Generator()
-        self.initial_seed = (
-            torch.random.initial_seed() if data_seed is None else data_seed
-        )
+        self.initial_seed = torch.random.initial_seed() if data_seed is None else data_seed
         self.epoch = 0
 
     def __iter__(self) -> Iterator[int]:
         self._seed_epoch()
         if is_permutation(self):
-            yield from torch.randperm(
-                len(self.data_source), generator=self.generator
-            ).tolist()
+            yield from torch.randperm(len(self.data_source), generator=self.generator).tolist()
         else:
             yield from super().__iter__()
         self.set_epoch(self.epoch + 1)
@@ -124,9 +120,7 @@ class BatchSamplerShard(BatchSampler):
         return len(self.batch_sampler)  # pyright: ignore[reportArgumentType]
 
     def __len__(self) -> int:
-        return self._plan().length(
-            self.total_length, num_samples_of(self.batch_sampler)
-        )
+        return self._plan().length(self.total_length, num_samples_of(self.batch_sampler))
 
     def __iter__(self) -> Iterator[list[int]]:
         plan, source = self._plan(), cast(Any, self.batch_sampler)
@@ -227,9 +221,7 @@ class SkipBatchSampler(BatchSampler):
         skip_batches: How many batches to leave out, in every pass.
     """
 
-    def __init__(
-        self, batch_sampler: Sampler[list[int]] | Iterable[Any], skip_batches: int = 0
-    ) -> None:
+    def __init__(self, batch_sampler: Sampler[list[int]] | Iterable[Any], skip_batches: int = 0) -> None:
         if skip_batches < 0:
             raise SettingError(
                 explain(
@@ -244,9 +236,7 @@ class SkipBatchSampler(BatchSampler):
     def __getattr__(self, name: str) -> Any:
         # Size and sampler are those of the sampler it shortens, which need not have any.
         if name not in ("batch_size", "drop_last", "sampler"):
-            raise AttributeError(
-                f"{type(self).__name__!r} object has no attribute {name!r}"
-            )
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.batch_sampler, name)
 
     def __iter__(self) -> Iterator[list[int]]:
@@ -269,25 +259,19 @@ def is_permutation(sampler: Any) -> bool:
 
 def num_samples_of(batch_sampler: Any) -> int | None:
     """Return how many samples torch's own batch sampler draws in a pass; `None` where that cannot be known."""
-    if type(batch_sampler) is not BatchSampler or not isinstance(
-        batch_sampler.sampler, Sized
-    ):
+    if type(batch_sampler) is not BatchSampler or not isinstance(batch_sampler.sampler, Sized):
         return None
     return len(batch_sampler.sampler)
 
 
 def _sequential_batches(plan: ShardPlan, num_samples: int) -> Iterator[list[int]]:
     stride, rows = plan.stride, plan.rows
-    for start in range(
-        plan.offset, plan.offset + plan.num_regular(num_samples) * stride, stride
-    ):
+    for start in range(plan.offset, plan.offset + plan.num_regular(num_samples) * stride, stride):
         yield list(range(start, start + rows))
     yield from plan.irregular(num_samples)
 
 
-def _shuffled_batches(
-    plan: ShardPlan, sampler: RandomSampler | SeedableRandomSampler
-) -> Iterator[list[int]]:
+def _shuffled_batches(plan: ShardPlan, sampler: RandomSampler | SeedableRandomSampler) -> Iterator[list[int]]:
     num_samples = len(sampler.data_source)
     if isinstance(sampler, SeedableRandomSampler):
         sampler._seed_epoch()
@@ -298,13 +282,8 @@ def _shuffled_batches(
         generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
     order = _permutation(num_samples, generator)
     regular = plan.num_regular(num_samples)
-    mine = order.as_strided(
-        (regular, plan.rows), (plan.stride, 1), plan.offset if regular else 0
-    ).clone()
-    irregular = [
-        order[torch.tensor(positions)].tolist()
-        for positions in plan.irregular(num_samples)
-    ]
+    mine = order.as_strided((regular, plan.rows), (plan.stride, 1), plan.offset if regular else 0).clone()
+    irregular = [order[torch.tensor(positions)].tolist() for positions in plan.irregular(num_samples)]
     del order  # the whole permutation need not outlive this rank's rows of it
     for some in mine.split(_BATCHES_AT_ONCE):
         yield from some.tolist()
@@ -348,6 +327,4 @@ def _shortcuts_hold() -> bool:
     )
     torch.empty(998, dtype=torch.uint8).random_(generator=skipped)
     states = [generator.get_state() for generator in (wide, narrow, skipped)]
-    return (
-        same and torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
-    )
+    return same and torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])

@@ -23,9 +23,7 @@ AXES_SHARING_BATCHES = frozenset({"tp", "cp", "sp", "pp"})
 """Mesh axes along which ranks work on the same batch; along any other one they read different data."""
 
 
-def mesh_data_shard(
-    axis_names: Sequence[str], shape: Sequence[int], coordinate: Sequence[int]
-) -> tuple[int, int]:
+def mesh_data_shard(axis_names: Sequence[str], shape: Sequence[int], coordinate: Sequence[int]) -> tuple[int, int]:
     """Return which data shard a place in a mesh reads, and of how many.
 
     Ranks that differ along `tp`, `cp`, `sp` or `pp` only get the same answer.
@@ -36,9 +34,7 @@ def mesh_data_shard(
         coordinate: The place along each of them.
     """
     axes = zip(axis_names, shape, coordinate, strict=True)
-    data = [
-        (size, place) for name, size, place in axes if name not in AXES_SHARING_BATCHES
-    ]
+    data = [(size, place) for name, size, place in axes if name not in AXES_SHARING_BATCHES]
     index = 0
     for size, place in data:
         index = index * size + place
@@ -77,18 +73,12 @@ class ShardPlan:
             raise SettingError(
                 explain(
                     f"process_index={self.index} is not one of num_processes={self.count} data shards.",
-                    accepted=f"0 to {self.count - 1}"
-                    if self.count > 0
-                    else "num_processes of at least 1",
+                    accepted=f"0 to {self.count - 1}" if self.count > 0 else "num_processes of at least 1",
                     remedy="Pass the rank and the world size, or leave both out.",
                 )
             )
         if self.split and (self.batch_size is None or self.batch_size % self.count):
-            given = (
-                "is not known"
-                if self.batch_size is None
-                else f"does not divide by {self.count}"
-            )
+            given = "is not known" if self.batch_size is None else f"does not divide by {self.count}"
             raise SettingError(
                 explain(
                     f"split_batches=True cuts each batch into num_processes={self.count} equal parts, and "
@@ -117,9 +107,7 @@ class ShardPlan:
     @property
     def _size(self) -> int:
         if self.batch_size is None:
-            raise SettingError(
-                explain("A source of batches without batch_size has no positions.")
-            )
+            raise SettingError(explain("A source of batches without batch_size has no positions."))
         return self.batch_size
 
     def num_batches(self, num_samples: int) -> int:
@@ -141,9 +129,7 @@ class ShardPlan:
         for step in range(self.num_regular(num_samples), self.num_batches(num_samples)):
             start = step * self.stride + self.offset
             positions = range(start, start + self.rows)
-            found.append(
-                [p % num_samples for p in positions if self.even or p < num_samples]
-            )
+            found.append([p % num_samples for p in positions if self.even or p < num_samples])
         return found
 
     def length(self, source_length: int, num_samples: int | None = None) -> int:
@@ -211,11 +197,7 @@ class ShardPlan:
         elif self.even:
             target = max(self._size, size) if last else size
             rows = -(-target // self.count)
-            batch = (
-                [*batch, *islice(cycle(opening), rows * self.count - size)]
-                if rows * self.count > size
-                else batch
-            )
+            batch = [*batch, *islice(cycle(opening), rows * self.count - size)] if rows * self.count > size else batch
         else:
             rows = max(self.rows, -(-size // self.count))
         return batch[self.index * rows : (self.index + 1) * rows]

@@ -16,11 +16,7 @@ def named(name: str) -> Hardware:
     """Return the family of a torch device type; one that has no row gets the generic family."""
     family = FAMILIES.get(name)
     return (
-        family
-        if family is not None
-        else Hardware(
-            name, DistributedType.MULTI_GPU, rng_key=f"torch_{name}_manual_seed"
-        )
+        family if family is not None else Hardware(name, DistributedType.MULTI_GPU, rng_key=f"torch_{name}_manual_seed")
     )
 
 
@@ -97,9 +93,7 @@ def is_neuron_available(check_device: bool = False) -> bool:
     return _is_available("neuron")
 
 
-def is_torch_xla_available(
-    check_is_tpu: bool = False, check_is_gpu: bool = False
-) -> bool:
+def is_torch_xla_available(check_is_tpu: bool = False, check_is_gpu: bool = False) -> bool:
     """Tell whether training through torch_xla works here: this version has no engine for it."""
     return False
 

@@ -46,9 +46,7 @@ def cpus_near(pci_address: str, devices: Path = PCI_DEVICES) -> set[int]:
         ) from error
 
 
-def override_numa_affinity(
-    local_process_index: int, verbose: bool | None = None
-) -> None:
+def override_numa_affinity(local_process_index: int, verbose: bool | None = None) -> None:
     """Bind this process to the cores near the CUDA device of this index.
 
     Args:

@@ -65,11 +65,7 @@ class Hardware:
                     f"Local process {index} has no {self.name} device of its own: {self.count()} visible here.",
                     accepted=f"at most {self.count()} processes on this machine",
                     remedy="Start fewer processes, or make more devices visible"
-                    + (
-                        f" with {self.visible_devices}."
-                        if self.visible_devices
-                        else "."
-                    ),
+                    + (f" with {self.visible_devices}." if self.visible_devices else "."),
                 )
             )
         return torch.device(self.name, index)

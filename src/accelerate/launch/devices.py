@@ -35,11 +35,7 @@ def find(environ: Mapping[str, str]) -> Devices:
     if build.get("cuda") and not _has_plugins():
         count = visible_count(nvidia_count(), environ.get(CUDA_VARIABLE))
         return Devices(count, "cuda", CUDA_VARIABLE)
-    if (
-        build
-        and not any(build.get(kind) for kind in ("cuda", "hip", "xpu", "mps"))
-        and not _has_plugins()
-    ):
+    if build and not any(build.get(kind) for kind in ("cuda", "hip", "xpu", "mps")) and not _has_plugins():
         return NONE
     return _ask_torch()
 
@@ -53,18 +49,12 @@ def torch_build() -> dict[str, str | None]:
     if spec is None or spec.origin is None:
         return {}
     try:
-        tree = ast.parse(
-            (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-        )
+        tree = ast.parse((Path(spec.origin).parent / "version.py").read_text(encoding="utf-8"))
     except (OSError, SyntaxError):
         return {}
     found: dict[str, str | None] = {}
     for node in tree.body:
-        target = (
-            node.target
-            if isinstance(node, ast.AnnAssign)
-            else getattr(node, "targets", [None])[0]
-        )
+        target = node.target if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [None])[0]
         value = getattr(node, "value", None)
         if isinstance(target, ast.Name) and isinstance(value, ast.Constant):
             found[target.id] = str(value.value) if value.value else None
@@ -97,11 +87,7 @@ def nvidia_count() -> int:
     if library.nvmlInit_v2() != 0:
         return 0
     try:
-        return (
-            number.value
-            if library.nvmlDeviceGetCount_v2(ctypes.byref(number)) == 0
-            else 0
-        )
+        return number.value if library.nvmlDeviceGetCount_v2(ctypes.byref(number)) == 0 else 0
     finally:
         library.nvmlShutdown()
 

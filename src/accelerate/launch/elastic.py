@@ -12,15 +12,8 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing import (
-    DefaultLogsSpecs,
-    SignalException,
-    Std,
-)
-from torch.distributed.elastic.multiprocessing.errors import (
-    ChildFailedError,
-    ProcessFailure,
-)
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -40,24 +33,15 @@ def run(plan: LaunchPlan) -> None:
     start(plan, plan.argv[0], plan.argv[1:], launch_config(plan))
 
 
-def start(
-    plan: LaunchPlan,
-    entry: str | Callable[..., Any],
-    arguments: Sequence[Any],
-    config: LaunchConfig,
-) -> None:
+def start(plan: LaunchPlan, entry: str | Callable[..., Any], arguments: Sequence[Any], config: LaunchConfig) -> None:
     """Start `entry` in the processes of `plan` and wait for them."""
     hush()
     try:
         # Torch sets the second itself and would leave it behind.
-        with env.applied(
-            {**plan.env, "TORCHELASTIC_SIGNALS_TO_HANDLE": config.signals_to_handle}
-        ):
+        with env.applied({**plan.env, "TORCHELASTIC_SIGNALS_TO_HANDLE": config.signals_to_handle}):
             elastic_launch(config, entry)(*arguments)
     except ChildFailedError as error:
-        raise WorkersFailed.among(
-            _in_order(error), plan.processes_per_node * plan.nodes
-        ) from None
+        raise WorkersFailed.among(_in_order(error), plan.processes_per_node * plan.nodes) from None
     except SignalException as error:
         message = f"accelerate: the launcher received {error.sigval.name} and ended the workers"
         raise WorkersFailed(message, 128 + error.sigval) from None
@@ -71,11 +55,7 @@ def start(
 
 
 def launch_config(
-    plan: LaunchPlan,
-    *,
-    run_id: str = "none",
-    start_method: str = "spawn",
-    log_line_prefix: str | None = None,
+    plan: LaunchPlan, *, run_id: str = "none", start_method: str = "spawn", log_line_prefix: str | None = None
 ) -> LaunchConfig:
     """Translate a plan into torch's typed configuration.
 
@@ -127,12 +107,7 @@ def _in_order(error: ChildFailedError) -> list[Failure]:
 
     def key(item: tuple[int, ProcessFailure]) -> tuple[bool, float, bool, int]:
         rank, failure = item
-        return (
-            failure.exitcode == -signal.SIGTERM,
-            failure.timestamp,
-            not _traceback(failure),
-            rank,
-        )
+        return (failure.exitcode == -signal.SIGTERM, failure.timestamp, not _traceback(failure), rank)
 
     return [
         Failure(rank, failure.pid, failure.exitcode, _traceback(failure))
@@ -145,9 +120,7 @@ def _traceback(failure: ProcessFailure) -> str:
     message = failure.error_file_data.get("message")
     if not isinstance(message, dict):
         return ""
-    return str(
-        message.get("extraInfo", {}).get("py_callstack", message.get("message", ""))
-    )
+    return str(message.get("extraInfo", {}).get("py_callstack", message.get("message", "")))
 
 
 def hush() -> None:

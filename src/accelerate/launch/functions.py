@@ -11,11 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-from torch.multiprocessing.spawn import (
-    ProcessExitedException,
-    ProcessRaisedException,
-    start_processes,
-)
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, start_processes
 
 from ..core.enums import PrecisionType
 from ..core.errors import SettingError, UnsupportedCombination, explain
@@ -75,20 +71,12 @@ def notebook_launcher(
         >>> notebook_launcher(train, args=(dataset, 3), num_processes=2)  # doctest: +SKIP
     """
     if num_processes is None:
-        raise _wrong(
-            "num_processes",
-            None,
-            "a number of processes",
-            "Pass the number of devices to use.",
-        )
+        raise _wrong("num_processes", None, "a number of processes", "Pass the number of devices to use.")
     _check_count("num_processes", num_processes)
     precision = _precision(mixed_precision)
     if not 0 <= node_rank < num_nodes:
         raise _wrong(
-            "node_rank",
-            node_rank,
-            f"0 to {num_nodes - 1}, as num_nodes={num_nodes}",
-            "Count machines from 0.",
+            "node_rank", node_rank, f"0 to {num_nodes - 1}, as num_nodes={num_nodes}", "Count machines from 0."
         )
     variables = {"ACCELERATE_MIXED_PRECISION": precision}
     if num_processes * num_nodes == 1:
@@ -104,31 +92,19 @@ def notebook_launcher(
         nodes=num_nodes,
         node_rank=node_rank,
         processes_per_node=num_processes,
-        rendezvous=_meeting(
-            rdzv_backend,
-            rdzv_endpoint,
-            rdzv_conf,
-            master_addr,
-            int(use_port),
-            num_nodes,
-        ),
+        rendezvous=_meeting(rdzv_backend, rdzv_endpoint, rdzv_conf, master_addr, int(use_port), num_nodes),
         max_restarts=max_restarts,
         monitor_interval=monitor_interval,
     )
     # Torch's own look at the devices would start the driver here, and forked workers could not use it any more.
     with env.applied({"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}):
         config = elastic.launch_config(
-            plan,
-            run_id=rdzv_id,
-            start_method="fork",
-            log_line_prefix=log_line_prefix_template,
+            plan, run_id=rdzv_id, start_method="fork", log_line_prefix=log_line_prefix_template
         )
         elastic.start(plan, function, tuple(args), config)
 
 
-def debug_launcher(
-    function: Callable[..., Any], args: Sequence[Any] = (), num_processes: int = 2
-) -> None:
+def debug_launcher(function: Callable[..., Any], args: Sequence[Any] = (), num_processes: int = 2) -> None:
     """Run `function(*args)` in several processes on the CPU, to try distributed code without devices.
 
     Args:
@@ -164,16 +140,9 @@ def debug_launcher(
         variables["GLOO_SOCKET_IFNAME"] = "lo"
     try:
         with env.applied(variables):
-            start_processes(
-                _Worker(function),
-                args=(tuple(args),),
-                nprocs=num_processes,
-                start_method="fork",
-            )
+            start_processes(_Worker(function), args=(tuple(args),), nprocs=num_processes, start_method="fork")
     except ProcessRaisedException as error:
-        failure = Failure(
-            error.error_index, error.error_pid, 1, str(error).partition("error:\n")[2]
-        )
+        failure = Failure(error.error_index, error.error_pid, 1, str(error).partition("error:\n")[2])
         raise WorkersFailed.among([failure], num_processes) from None
     except ProcessExitedException as error:
         failure = Failure(error.error_index, error.error_pid, error.exit_code)
@@ -201,12 +170,7 @@ def _worker_variables(processes_here: int) -> dict[str, str]:
 
 
 def _meeting(
-    backend: str,
-    endpoint: str,
-    options: Mapping[str, Any] | None,
-    address: str,
-    port: int,
-    nodes: int,
+    backend: str, endpoint: str, options: Mapping[str, Any] | None, address: str, port: int, nodes: int
 ) -> Rendezvous:
     named = dict(options or {})
     if endpoint:
@@ -214,12 +178,7 @@ def _meeting(
     if nodes > 1:
         return Rendezvous(backend, f"{address}:{port}", named)
     if port in (0, DEFAULT_PORT) or not is_port_free(port):
-        return Rendezvous(
-            "c10d" if backend == "static" else backend,
-            "localhost:0",
-            named,
-            "127.0.0.1",
-        )
+        return Rendezvous("c10d" if backend == "static" else backend, "localhost:0", named, "127.0.0.1")
     return Rendezvous(backend, f"{address}:{port}", named, "127.0.0.1")
 
 
@@ -264,20 +223,9 @@ def _check_count(name: str, value: int) -> None:
 def _precision(value: str) -> str:
     name = str(value).lower()
     if name not in PrecisionType:
-        raise _wrong(
-            "mixed_precision",
-            value,
-            ", ".join(PrecisionType.list()),
-            "Pass 'no' for plain fp32.",
-        )
+        raise _wrong("mixed_precision", value, ", ".join(PrecisionType.list()), "Pass 'no' for plain fp32.")
     return name
 
 
 def _wrong(name: str, value: object, accepted: str, remedy: str) -> SettingError:
-    return SettingError(
-        explain(
-            f"{name}={value!r} (the argument) cannot be used.",
-            accepted=accepted,
-            remedy=remedy,
-        )
-    )
+    return SettingError(explain(f"{name}={value!r} (the argument) cannot be used.", accepted=accepted, remedy=remedy))

@@ -32,16 +32,13 @@ class Machine:
 
 def survey(request: LaunchRequest, environ: Mapping[str, str]) -> Machine:
     """Find out what the plan for `request` needs to know."""
-    wants_devices = not request.cpu and (
-        request.num_processes != 1 or request.gpu_ids is not None
-    )
+    wants_devices = not request.cpu and (request.num_processes != 1 or request.gpu_ids is not None)
     many = request.num_processes not in (None, 1)
     return Machine(
         python=sys.executable,
         devices=devices.find(environ) if wants_devices else None,
         cores=physical_cores() if many or request.num_machines > 1 else 1,
-        port_is_taken=_asks_for_port(request)
-        and not is_port_free(request.main_process_port or 0),
+        port_is_taken=_asks_for_port(request) and not is_port_free(request.main_process_port or 0),
     )
 
 
@@ -54,9 +51,7 @@ def physical_cores() -> int:
     import psutil
 
     present = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    allowed = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
-    )
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else present
     return max(1, min(present, allowed))
 
 

@@ -103,9 +103,7 @@ def _processes_per_node(request: LaunchRequest, machine: Machine) -> int:
         return request.num_processes // request.num_machines
     if request.cpu or machine.devices is None:
         return 1
-    count = (
-        len(request.gpu_ids) if request.gpu_ids is not None else machine.devices.count
-    )
+    count = len(request.gpu_ids) if request.gpu_ids is not None else machine.devices.count
     if request.multi_gpu and count * request.num_machines < 2:
         raise SettingError(
             explain(
@@ -117,9 +115,7 @@ def _processes_per_node(request: LaunchRequest, machine: Machine) -> int:
     return max(1, count)
 
 
-def _runs_on_cpu(
-    request: LaunchRequest, machine: Machine, processes: int, notes: list[str]
-) -> bool:
+def _runs_on_cpu(request: LaunchRequest, machine: Machine, processes: int, notes: list[str]) -> bool:
     if request.cpu:
         return True
     if machine.devices is None or processes == 1:
@@ -142,9 +138,7 @@ def _runs_on_cpu(
     return False
 
 
-def _argv(
-    request: LaunchRequest, machine: Machine, *, buffered: bool
-) -> tuple[str, ...]:
+def _argv(request: LaunchRequest, machine: Machine, *, buffered: bool) -> tuple[str, ...]:
     if request.no_python:
         return (request.script, *request.script_args)
     # Several processes share one terminal: their lines are to appear when they are written.
@@ -153,44 +147,31 @@ def _argv(
     return (*head, *module, request.script, *request.script_args)
 
 
-def _environment(
-    request: LaunchRequest, machine: Machine, processes_here: int, on_cpu: bool
-) -> dict[str, str]:
+def _environment(request: LaunchRequest, machine: Machine, processes_here: int, on_cpu: bool) -> dict[str, str]:
     values = {
         "ACCELERATE_USE_CPU": _flag(on_cpu),
         "ACCELERATE_MIXED_PRECISION": request.mixed_precision,
         "ACCELERATE_DYNAMO_BACKEND": request.dynamo_backend.upper(),
         "ACCELERATE_DYNAMO_MODE": request.dynamo_mode,
         "ACCELERATE_DYNAMO_USE_FULLGRAPH": _flag(request.dynamo_use_fullgraph),
-        "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": _flag(
-            request.dynamo_use_regional_compilation
-        ),
+        "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": _flag(request.dynamo_use_regional_compilation),
         "ACCELERATE_DEBUG_MODE": _flag(request.debug),
     }
     if request.dynamo_use_dynamic is not None:  # unset lets torch find out by itself
         values["ACCELERATE_DYNAMO_USE_DYNAMIC"] = _flag(request.dynamo_use_dynamic)
     if request.gradient_accumulation_steps is not None:
-        values["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(
-            request.gradient_accumulation_steps
-        )
+        values["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(request.gradient_accumulation_steps)
     if request.enable_cpu_affinity:
         values["ACCELERATE_CPU_AFFINITY"] = "1"
     threads = _threads(request, machine, processes_here, on_cpu)
     if threads is not None:
         values["OMP_NUM_THREADS"] = str(threads)
-    if (
-        request.gpu_ids is not None
-        and not on_cpu
-        and machine.devices is not None
-        and machine.devices.visible
-    ):
+    if request.gpu_ids is not None and not on_cpu and machine.devices is not None and machine.devices.visible:
         values[machine.devices.visible] = ",".join(request.gpu_ids)
     return values
 
 
-def _threads(
-    request: LaunchRequest, machine: Machine, processes_here: int, on_cpu: bool
-) -> int | None:
+def _threads(request: LaunchRequest, machine: Machine, processes_here: int, on_cpu: bool) -> int | None:
     if request.num_cpu_threads_per_process is not None:
         return request.num_cpu_threads_per_process
     if processes_here == 1:
@@ -198,16 +179,12 @@ def _threads(
     return max(1, machine.cores // processes_here) if on_cpu else 1
 
 
-def _rendezvous(
-    request: LaunchRequest, machine: Machine, notes: list[str]
-) -> Rendezvous:
+def _rendezvous(request: LaunchRequest, machine: Machine, notes: list[str]) -> Rendezvous:
     if request.num_machines > 1:
         return _far_rendezvous(request, machine)
     wanted = request.main_process_port
     if request.rdzv_backend == "static" and wanted and not machine.port_is_taken:
-        return Rendezvous(
-            "static", f"127.0.0.1:{wanted}", request.rdzv_conf, "127.0.0.1"
-        )
+        return Rendezvous("static", f"127.0.0.1:{wanted}", request.rdzv_conf, "127.0.0.1")
     if wanted and machine.port_is_taken:
         notes.append(
             f"{request.describe('main_process_port')} is taken by another program: a free port is used instead."
@@ -228,13 +205,13 @@ def _far_rendezvous(request: LaunchRequest, machine: Machine) -> Rendezvous:
                 remedy=f"End the program that listens there (`lsof -i :{port}`), or pass another --main_process_port.",
             )
         )
-    options = dict(request.rdzv_conf)
+    options, known_as = dict(request.rdzv_conf), None
     if request.rdzv_backend == "c10d" and request.was_given("machine_rank"):
-        # Otherwise torch finds out by comparing host names, which fails where names do not resolve.
-        options.setdefault("is_host", str(int(request.machine_rank == 0)))
-    return Rendezvous(
-        request.rdzv_backend, f"{request.main_process_ip}:{port}", options
-    )
+        # Otherwise torch compares and publishes host names, which fails where names do not resolve.
+        is_host = request.machine_rank == 0
+        options.setdefault("is_host", str(int(is_host)))
+        known_as = request.main_process_ip if is_host else None
+    return Rendezvous(request.rdzv_backend, f"{request.main_process_ip}:{port}", options, known_as)
 
 
 def _flag(value: bool) -> str:
@@ -248,9 +225,7 @@ def show(planned: LaunchPlan, request: LaunchRequest) -> str:
     if planned.kind == "inline":
         lines.append("processes    1, in the place of the launcher")
     else:
-        lines.append(
-            f"processes    {total}: {planned.processes_per_node} on each of {planned.nodes} machine(s)"
-        )
+        lines.append(f"processes    {total}: {planned.processes_per_node} on each of {planned.nodes} machine(s)")
         lines.append(f"this machine number {planned.node_rank}")
         meeting = planned.rendezvous
         options = "".join(f" {key}={value}" for key, value in meeting.options.items())

@@ -46,10 +46,7 @@ class WorkersFailed(LaunchError):
     @classmethod
     def alone(cls, argv: Sequence[str], status: int) -> Self:
         """Describe a run of one process."""
-        return cls(
-            f"accelerate: {' '.join(argv)} {Failure(0, 0, status).ending}",
-            exit_status(status),
-        )
+        return cls(f"accelerate: {' '.join(argv)} {Failure(0, 0, status).ending}", exit_status(status))
 
     @classmethod
     def among(cls, failures: Sequence[Failure], world_size: int) -> Self:
@@ -79,13 +76,8 @@ def describe(failures: Sequence[Failure], world_size: int) -> str:
         kept = first.traceback.rstrip().splitlines()[-TRACEBACK_LINES:]
         lines += [f"[rank {first.rank}] {line}" for line in kept]
     others = [other for other in failures[1:] if other.exitcode != -signal.SIGTERM]
-    lines += [
-        f"accelerate: also, rank {other.rank} (pid {other.pid}) {other.ending}"
-        for other in reversed(others)
-    ]
-    where = (
-        f"rank {first.rank} of {world_size} (pid {first.pid} on {socket.gethostname()})"
-    )
+    lines += [f"accelerate: also, rank {other.rank} (pid {other.pid}) {other.ending}" for other in reversed(others)]
+    where = f"rank {first.rank} of {world_size} (pid {first.pid} on {socket.gethostname()})"
     lines.append(f"accelerate: {where} {first.ending}{_hint(first)}")
     return "\n".join(lines)
 

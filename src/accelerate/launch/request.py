@@ -15,12 +15,7 @@ from ..core.errors import SettingError, explain
 from ..core.text import str_to_bool
 from ..settings.config_file import ConfigFile
 
-DYNAMO_MODES = (
-    "default",
-    "reduce-overhead",
-    "max-autotune",
-    "max-autotune-no-cudagraphs",
-)
+DYNAMO_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +95,7 @@ class LaunchRequest:
         for source in (written, _from_environment(environ), _from_flags(flags)):
             for name, (value, origin) in source.items():
                 values[name], origins[name] = value, origin
-        request = cls(
-            script=script,
-            script_args=script_args,
-            origins=origins,
-            **_in_types(values, origins),
-        )
+        request = cls(script=script, script_args=script_args, origins=origins, **_in_types(values, origins))
         check(request)
         return request
 
@@ -122,21 +112,12 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "mixed_precision": ("ACCELERATE_MIXED_PRECISION", str),
     "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int),
     "num_cpu_threads_per_process": ("OMP_NUM_THREADS", int),
-    "enable_cpu_affinity": (
-        "ACCELERATE_CPU_AFFINITY",
-        lambda text: bool(str_to_bool(text)),
-    ),
+    "enable_cpu_affinity": ("ACCELERATE_CPU_AFFINITY", lambda text: bool(str_to_bool(text))),
     "debug": ("ACCELERATE_DEBUG_MODE", lambda text: bool(str_to_bool(text))),
     "dynamo_backend": ("ACCELERATE_DYNAMO_BACKEND", str),
     "dynamo_mode": ("ACCELERATE_DYNAMO_MODE", str),
-    "dynamo_use_fullgraph": (
-        "ACCELERATE_DYNAMO_USE_FULLGRAPH",
-        lambda text: bool(str_to_bool(text)),
-    ),
-    "dynamo_use_dynamic": (
-        "ACCELERATE_DYNAMO_USE_DYNAMIC",
-        lambda text: bool(str_to_bool(text)),
-    ),
+    "dynamo_use_fullgraph": ("ACCELERATE_DYNAMO_USE_FULLGRAPH", lambda text: bool(str_to_bool(text))),
+    "dynamo_use_dynamic": ("ACCELERATE_DYNAMO_USE_DYNAMIC", lambda text: bool(str_to_bool(text))),
     "dynamo_use_regional_compilation": (
         "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION",
         lambda text: bool(str_to_bool(text)),
@@ -187,11 +168,7 @@ def _from_file(file: ConfigFile | None) -> Source:
     found: Source = {}
     for key in _FILE_KEYS:
         value = getattr(config, key)
-        if (
-            key in file.given
-            and value is not None
-            and not (key == "num_processes" and value == -1)
-        ):
+        if key in file.given and value is not None and not (key == "num_processes" and value == -1):
             found[key] = (value, f"from {file.origin(key)}")
     if config.distributed_type.value == "MULTI_CPU":
         found["cpu"] = (True, f"from {file.origin('distributed_type')}")
@@ -247,19 +224,13 @@ def _refuse_absent_engines(file: ConfigFile) -> None:
 
     label = file.config.distributed_type.value
     if label in _ABSENT_TYPES:
-        refuse(
-            f"distributed_type={label} ({file.origin('distributed_type')})",
-            _ABSENT_TYPES[label],
-        )
+        refuse(f"distributed_type={label} ({file.origin('distributed_type')})", _ABSENT_TYPES[label])
     for key, engine in _ABSENT_KEYS.items():
         if getattr(file.config, key):
             refuse(f"{key} ({file.origin(key)})", engine)
     if file.config.main_training_function != "main":
         name = file.config.main_training_function
-        refuse(
-            f"main_training_function={name!r} ({file.origin('main_training_function')})",
-            "the TPU launcher",
-        )
+        refuse(f"main_training_function={name!r} ({file.origin('main_training_function')})", "the TPU launcher")
 
 
 def _in_types(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str, Any]:
@@ -267,11 +238,7 @@ def _in_types(values: Mapping[str, Any], origins: Mapping[str, str]) -> dict[str
     typed = dict(values)
     ids = typed.get("gpu_ids")
     if isinstance(ids, str):
-        typed["gpu_ids"] = (
-            None
-            if ids.strip().lower() == "all"
-            else tuple(part.strip() for part in ids.split(","))
-        )
+        typed["gpu_ids"] = None if ids.strip().lower() == "all" else tuple(part.strip() for part in ids.split(","))
     for name in ("mixed_precision", "dynamo_backend"):
         if name in typed:
             typed[name] = str(typed[name]).lower()
@@ -301,13 +268,7 @@ def _pairs(text: str, origin: str) -> dict[str, str]:
 
 def check(request: LaunchRequest) -> None:
     """Refuse values and combinations that cannot work, naming where both came from."""
-    for rule in (
-        _check_words,
-        _check_numbers,
-        _check_program,
-        _check_devices,
-        _check_machines,
-    ):
+    for rule in (_check_words, _check_numbers, _check_program, _check_devices, _check_machines):
         rule(request)
 
 
@@ -350,9 +311,7 @@ def _check_numbers(request: LaunchRequest) -> None:
         raise SettingError(
             explain(
                 f"{request.describe(name)} is out of range.",
-                accepted=f"{least} or more"
-                if most is None
-                else f"{least} to {most}; 0 takes a free port",
+                accepted=f"{least} or more" if most is None else f"{least} to {most}; 0 takes a free port",
                 remedy=f"Pass another --{name}.",
             )
         )
@@ -360,72 +319,34 @@ def _check_numbers(request: LaunchRequest) -> None:
 
 def _check_program(request: LaunchRequest) -> None:
     if request.module and request.no_python:
-        _refuse_pair(
-            request,
-            "module",
-            "no_python",
-            "a module is run by Python",
-            "Leave one of the two out.",
-        )
+        _refuse_pair(request, "module", "no_python", "a module is run by Python", "Leave one of the two out.")
 
 
 def _check_devices(request: LaunchRequest) -> None:
     several = "to ask for several devices"
     asked_by_flag = request.origins.get("cpu") == "from --cpu"
     # ACCELERATE_USE_CPU with --multi_gpu and a number is how several CPU processes were once asked for.
-    if (
-        request.cpu
-        and request.multi_gpu
-        and (asked_by_flag or request.num_processes is None)
-    ):
-        _refuse_pair(
-            request,
-            "cpu",
-            "multi_gpu",
-            "one asks for no device",
-            "Leave one of the two out.",
-        )
+    if request.cpu and request.multi_gpu and (asked_by_flag or request.num_processes is None):
+        _refuse_pair(request, "cpu", "multi_gpu", "one asks for no device", "Leave one of the two out.")
     if request.multi_gpu and request.num_processes == 1:
         remedy = "Pass --num_processes 2 or more, or leave --multi_gpu out."
-        _refuse_pair(
-            request, "multi_gpu", "num_processes", f"--multi_gpu is {several}", remedy
-        )
+        _refuse_pair(request, "multi_gpu", "num_processes", f"--multi_gpu is {several}", remedy)
     if request.gpu_ids is None:
         return
     if request.cpu and request.origins.get("gpu_ids") == "from --gpu_ids":
-        _refuse_pair(
-            request,
-            "gpu_ids",
-            "cpu",
-            "a CPU run uses no device",
-            "Leave one of the two out.",
-        )
+        _refuse_pair(request, "gpu_ids", "cpu", "a CPU run uses no device", "Leave one of the two out.")
     if request.multi_gpu and len(request.gpu_ids) == 1 and request.num_machines == 1:
-        _refuse_pair(
-            request,
-            "gpu_ids",
-            "multi_gpu",
-            f"--multi_gpu is {several}",
-            "Name two devices, or leave it out.",
-        )
+        _refuse_pair(request, "gpu_ids", "multi_gpu", f"--multi_gpu is {several}", "Name two devices, or leave it out.")
     here = -(-(request.num_processes or 1) // request.num_machines)
     if not request.cpu and here > len(request.gpu_ids):
         remedy = "Name one device for each process on this machine."
-        _refuse_pair(
-            request,
-            "gpu_ids",
-            "num_processes",
-            f"{here} processes need {here} devices",
-            remedy,
-        )
+        _refuse_pair(request, "gpu_ids", "num_processes", f"{here} processes need {here} devices", remedy)
 
 
 def _check_machines(request: LaunchRequest) -> None:
     if request.machine_rank >= request.num_machines:
         remedy = "Give every machine its own --machine_rank, from 0."
-        _refuse_pair(
-            request, "machine_rank", "num_machines", "ranks count from 0", remedy
-        )
+        _refuse_pair(request, "machine_rank", "num_machines", "ranks count from 0", remedy)
     if request.num_machines == 1:
         return
     if not request.main_process_ip:
@@ -438,35 +359,15 @@ def _check_machines(request: LaunchRequest) -> None:
         )
     if request.main_process_port == 0:
         remedy = "Pass a fixed port, the same on all machines."
-        _refuse_pair(
-            request,
-            "main_process_port",
-            "num_machines",
-            "the other machines must know the port",
-            remedy,
-        )
-    if (
-        request.num_processes is not None
-        and request.num_processes % request.num_machines
-    ):
+        _refuse_pair(request, "main_process_port", "num_machines", "the other machines must know the port", remedy)
+    if request.num_processes is not None and request.num_processes % request.num_machines:
         remedy = "Pass a multiple of the number of machines: num_processes counts the processes of all of them."
-        _refuse_pair(
-            request,
-            "num_processes",
-            "num_machines",
-            "every machine runs the same number",
-            remedy,
-        )
+        _refuse_pair(request, "num_processes", "num_machines", "every machine runs the same number", remedy)
 
 
-def _refuse_pair(
-    request: LaunchRequest, first: str, second: str, reason: str, remedy: str
-) -> None:
+def _refuse_pair(request: LaunchRequest, first: str, second: str, reason: str, remedy: str) -> None:
     raise SettingError(
-        explain(
-            f"{request.describe(first)} contradicts {request.describe(second)}: {reason}.",
-            remedy=remedy,
-        )
+        explain(f"{request.describe(first)} contradicts {request.describe(second)}: {reason}.", remedy=remedy)
     )
 
 

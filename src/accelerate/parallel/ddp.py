@@ -61,10 +61,8 @@ class DataParallel(Strategy):
         return stack
 
     def join(self, joinables: Sequence[Any]) -> AbstractContextManager[Any]:
-        members = [_wrapper_of(item) or item for item in joinables]
-        others = [
-            type(item).__name__ for item in members if not isinstance(item, Joinable)
-        ]
+        members: list[Any] = [_wrapper_of(item) or item for item in joinables]
+        others = [type(item).__name__ for item in members if not isinstance(item, Joinable)]
         if others:
             raise SettingError(
                 explain(
@@ -76,9 +74,7 @@ class DataParallel(Strategy):
         return Join(members)
 
     def check_first_backward(self, models: Sequence[torch.nn.Module]) -> None:
-        wrappers = [
-            found for model in models if (found := _wrapper_of(model)) is not None
-        ]
+        wrappers = [found for model in models if (found := _wrapper_of(model)) is not None]
         if wrappers and not any(wrapper._accelerate_ran for wrapper in wrappers):
             name = type(wrappers[0].module).__name__
             raise SettingError(
@@ -94,10 +90,7 @@ class DataParallel(Strategy):
 
 def verify_device_map(model: torch.nn.Module) -> bool:
     """Tell whether a model is spread over several devices of one process."""
-    return any(
-        len(getattr(module, "hf_device_map", None) or ()) > 1
-        for module in model.modules()
-    )
+    return any(len(getattr(module, "hf_device_map", None) or ()) > 1 for module in model.modules())
 
 
 def _refuse_spread(model: torch.nn.Module) -> None:
@@ -119,17 +112,13 @@ def _wrap(
     *,
     placed: bool,
 ) -> DistributedDataParallel:
-    kwargs = {
-        key: value
-        for key, value in options.to_kwargs().items()
-        if key in options.to_dict()
-    }
+    kwargs = {key: value for key, value in options.to_kwargs().items() if key in options.to_dict()}
     device = plan.runtime.device
     if placed and plan.runtime.hardware.needs_placement:
         kwargs.update(device_ids=[device.index], output_device=device.index)
     wrapper = DistributedDataParallel(model, **kwargs)
     options.register_comm_hook(wrapper)
-    wrapper._accelerate_ran = False  # pyright: ignore[reportAttributeAccessIssue]
+    wrapper._accelerate_ran = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
     def note_and_remove(module: torch.nn.Module, args: Any) -> None:
         module._accelerate_ran = True  # pyright: ignore[reportArgumentType]

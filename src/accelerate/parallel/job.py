@@ -87,9 +87,7 @@ def sort(
         )
         for item, choice in zip(objects, choices, strict=True)
     ]
-    job = Job(
-        slots, earlier_models=earlier_models, earlier_optimizers=earlier_optimizers
-    )
+    job = Job(slots, earlier_models=earlier_models, earlier_optimizers=earlier_optimizers)
     for slot in slots:
         if isinstance(slot.given, torch.utils.data.DataLoader):
             job.loaders.append(slot)
@@ -113,17 +111,14 @@ def check_belonging(job: Job) -> None:
     models = [slot.given for slot in job.fresh(job.models) if not slot.evaluation_only]
     if not fresh or not models:
         return
-    held = [_parameters_of(slot.given) for slot in fresh] + [
-        _parameters_of(item) for item in job.earlier_optimizers
-    ]
+    held = [_parameters_of(slot.given) for slot in fresh] + [_parameters_of(item) for item in job.earlier_optimizers]
     everything = set[int]().union(*held)
     all_models = [*models, *job.earlier_models]
     known = {id(parameter) for model in all_models for parameter in model.parameters()}
     orphans = [
         model
         for model in models
-        if (trainable := {id(p) for p in model.parameters() if p.requires_grad})
-        and not trainable & everything
+        if (trainable := {id(p) for p in model.parameters() if p.requires_grad}) and not trainable & everything
     ]
     for slot, parameters in zip(fresh, held, strict=False):
         if orphans and parameters and not parameters & known:
@@ -139,8 +134,4 @@ def check_belonging(job: Job) -> None:
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:
-    return {
-        id(parameter)
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

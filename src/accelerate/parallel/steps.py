@@ -37,9 +37,7 @@ def wrap_optimizers(plan: ParallelPlan, job: Job) -> None:
     """Let optimizers step at the end of a window of accumulation, in the run's precision."""
     for slot in job.fresh(job.optimizers):
         if not isinstance(slot.result, AcceleratedOptimizer):
-            slot.result = AcceleratedOptimizer(
-                slot.result, device_placement=slot.place, scaler=plan.precision.scaler
-            )
+            slot.result = AcceleratedOptimizer(slot.result, device_placement=slot.place, scaler=plan.precision.scaler)
 
 
 def shard_loaders(plan: ParallelPlan, job: Job) -> None:
@@ -77,13 +75,7 @@ def wrap_schedulers(plan: ParallelPlan, job: Job) -> None:
         )
 
 
-def _optimizers_of(
-    slot: Slot, optimizers: list[AcceleratedOptimizer]
-) -> list[AcceleratedOptimizer]:
+def _optimizers_of(slot: Slot, optimizers: list[AcceleratedOptimizer]) -> list[AcceleratedOptimizer]:
     wanted = getattr(slot.given, "optimizer", None)
-    own = [
-        item
-        for item in optimizers
-        if wanted is item or wanted is getattr(item, "optimizer", None)
-    ]
+    own = [item for item in optimizers if wanted is item or wanted is getattr(item, "optimizer", None)]
     return own[:1] or optimizers

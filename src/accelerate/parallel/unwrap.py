@@ -15,19 +15,12 @@ _WRAPPERS = (DistributedDataParallel, DataParallel)
 
 def is_compiled_module(module: Any) -> bool:
     """Tell whether `torch.compile` returned this module."""
-    return (
-        isinstance(module, torch._dynamo.eval_frame.OptimizedModule)
-        if _dynamo_is_loaded()
-        else False
-    )
+    return isinstance(module, torch._dynamo.eval_frame.OptimizedModule) if _dynamo_is_loaded() else False
 
 
 def has_compiled_regions(module: torch.nn.Module) -> bool:
     """Tell whether parts of this module were compiled in place."""
-    return any(
-        child._compiled_call_impl is not None or is_compiled_module(child)
-        for child in module.modules()
-    )
+    return any(child._compiled_call_impl is not None or is_compiled_module(child) for child in module.modules())
 
 
 def unwrap_compiled(model: Any) -> Any:

@@ -21,13 +21,9 @@ class _Autocast(Precision):
         self._options = options or AutocastKwargs()
 
     def wrap(self, model: torch.nn.Module) -> None:
-        wrap_forward(
-            model, self.autocast, outputs_to_fp32=self._options.outputs_to_fp32
-        )
+        wrap_forward(model, self.autocast, outputs_to_fp32=self._options.outputs_to_fp32)
 
-    def autocast(
-        self, options: AutocastKwargs | None = None
-    ) -> AbstractContextManager[Any]:
+    def autocast(self, options: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
         chosen = options or self._options
         return torch.autocast(
             self._device_type,

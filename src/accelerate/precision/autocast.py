@@ -32,9 +32,7 @@ def to_float32(data: Any) -> Any:
     if isinstance(data, (tuple, list)):
         return honor_type(data, [to_float32(item) for item in data])
     if hasattr(data, "items") and hasattr(data, "keys"):
-        return rebuild_mapping(
-            data, {key: to_float32(item) for key, item in data.items()}
-        )
+        return rebuild_mapping(data, {key: to_float32(item) for key, item in data.items()})
     return data
 
 
@@ -75,16 +73,14 @@ def wrap_forward(
     """
     if "_original_forward" in model.__dict__:
         return
-    bound = model.forward
+    bound: Any = model.forward
     own = isinstance(bound, MethodType) and bound.__self__ is model
     original = bound.__func__ if own else bound
 
     @functools.wraps(original)
     def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         with region():
-            output = (
-                original(self, *args, **kwargs) if own else original(*args, **kwargs)
-            )
+            output = original(self, *args, **kwargs) if own else original(*args, **kwargs)
         return to_float32(output) if outputs_to_fp32 else output
 
     model.__dict__["_original_forward"] = model.__dict__.get("forward")

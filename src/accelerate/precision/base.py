@@ -23,9 +23,7 @@ class Precision:
         """Make the model's forward compute in this precision. Undone by `precision.autocast.unwrap_forward`."""
         return None
 
-    def autocast(
-        self, options: AutocastKwargs | None = None
-    ) -> AbstractContextManager[Any]:
+    def autocast(self, options: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
         """Return a region in which operations choose their precision."""
         return nullcontext()
 

@@ -37,7 +37,7 @@ def choose(
                 )
             )
         return BFloat16(hardware.name, autocast)
-    if name is PrecisionType.FP16:
-        options = (scaler or GradScalerKwargs()).to_kwargs()
-        return Float16(hardware.name, hardware.grad_scaler(**options), autocast)
-    refuse(f"mixed_precision='fp8'{origin}", "an fp8 engine")
+    if name is PrecisionType.FP8:
+        refuse(f"mixed_precision='fp8'{origin}", "an fp8 engine")
+    options = (scaler or GradScalerKwargs()).to_kwargs()
+    return Float16(hardware.name, hardware.grad_scaler(**options), autocast)

@@ -7,14 +7,12 @@ a window of accumulation.
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, ClassVar
 
 from ..settings.options.accumulation import GradientAccumulationPlugin
 
 
-def plan_sync(
-    step: int, num_steps: int, *, end_of_dataloader: bool
-) -> tuple[int, bool]:
+def plan_sync(step: int, num_steps: int, *, end_of_dataloader: bool) -> tuple[int, bool]:
     """Decide whether the batch that begins now ends a window of accumulation.
 
     Args:
@@ -34,11 +32,9 @@ def plan_sync(
 class GradientState:
     """What loaders, optimizers and schedulers know of accumulation. All instances share their state."""
 
-    _shared_state: dict[str, Any] = {}
+    _shared_state: ClassVar[dict[str, Any]] = {}
 
-    def __init__(
-        self, gradient_accumulation_plugin: GradientAccumulationPlugin | None = None
-    ) -> None:
+    def __init__(self, gradient_accumulation_plugin: GradientAccumulationPlugin | None = None) -> None:
         self.__dict__ = GradientState._shared_state
         if not self.initialized:
             self.sync_gradients = True
@@ -85,15 +81,11 @@ class GradientState:
     @property
     def dataloader_references(self) -> list[Any]:
         """The prepared loaders being iterated, outermost first, after a leading `None`."""
-        return [
-            None if reference is None else reference() for reference in self._loaders
-        ]
+        return [None if reference is None else reference() for reference in self._loaders]
 
     @dataloader_references.setter
     def dataloader_references(self, references: list[Any]) -> None:
-        self._loaders = [
-            None if loader is None else weakref.ref(loader) for loader in references
-        ]
+        self._loaders = [None if loader is None else weakref.ref(loader) for loader in references]
 
     @property
     def active_dataloader(self) -> Any:

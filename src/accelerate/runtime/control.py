@@ -13,9 +13,7 @@ from ..collectives import Collectives
 from ..core.errors import SettingError, WrongTypeError, explain
 
 
-def only_if(
-    condition: Callable[[], bool], function: Callable[..., Any]
-) -> Callable[..., Any]:
+def only_if(condition: Callable[[], bool], function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `function` so that it runs where `condition` holds when it is called, and returns `None` elsewhere."""
 
     @wraps(function)
@@ -72,10 +70,7 @@ def split_inputs(inputs: Any, count: int, index: int, apply_padding: bool) -> An
                     remedy="Split them one after the other.",
                 )
             )
-        return {
-            key: split_inputs(value, count, index, apply_padding)
-            for key, value in inputs.items()
-        }
+        return {key: split_inputs(value, count, index, apply_padding) for key, value in inputs.items()}
     if _is_dataset(inputs):
         start, end = share_of(len(inputs), count, index)
         rows = list(range(start, end))
@@ -85,11 +80,7 @@ def split_inputs(inputs: Any, count: int, index: int, apply_padding: bool) -> An
     if not isinstance(inputs, (list, tuple, torch.Tensor)):
         return inputs
     start, end = share_of(len(inputs), count, index)
-    return (
-        _padded(inputs, start, end, -(-len(inputs) // count))
-        if apply_padding
-        else inputs[start:end]
-    )
+    return _padded(inputs, start, end, -(-len(inputs) // count)) if apply_padding else inputs[start:end]
 
 
 def _padded(inputs: Any, start: int, end: int, size: int) -> Any:
@@ -102,22 +93,15 @@ def _padded(inputs: Any, start: int, end: int, size: int) -> Any:
             )
         )
     if len(inputs) == 0:
-        raise IndexError(
-            "split_between_processes(apply_padding=True) got nothing: there is no last element to repeat."
-        )
+        raise IndexError("split_between_processes(apply_padding=True) got nothing: there is no last element to repeat.")
     missing = size - (end - start)
     if isinstance(inputs, torch.Tensor):
-        return (
-            torch.cat([inputs[start:end], *[inputs[-1:]] * missing])
-            if missing
-            else inputs[start:end]
-        )
+        return torch.cat([inputs[start:end], *[inputs[-1:]] * missing]) if missing else inputs[start:end]
     return inputs[start:end] + [inputs[-1]] * missing
 
 
 def _is_dataset(inputs: Any) -> bool:
     # By name: asking with isinstance would import an optional package.
     return any(
-        f"{kind.__module__}.{kind.__name__}" == "datasets.arrow_dataset.Dataset"
-        for kind in type(inputs).__mro__
+        f"{kind.__module__}.{kind.__name__}" == "datasets.arrow_dataset.Dataset" for kind in type(inputs).__mro__
     )

@@ -46,17 +46,13 @@ class MultiProcessAdapter(logging.LoggerAdapter):  # pyright: ignore[reportMissi
         elif not main_process_only or runtime.process.rank == 0:
             self._write(level, msg, args, kwargs)
 
-    def _write(
-        self, level: int, msg: object, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
+    def _write(self, level: int, msg: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.isEnabledFor(level):
             kwargs["stacklevel"] += 1
             msg, kwargs = self.process(msg, kwargs)  # pyright: ignore[reportAssignmentType]
             self.logger.log(level, msg, *args, **kwargs)
 
-    def process(
-        self, msg: Any, kwargs: MutableMapping[str, Any]
-    ) -> tuple[Any, MutableMapping[str, Any]]:
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         """Put the rank in front of the message."""
         return f"[RANK {state.current().process.rank}] {msg}", kwargs
 

@@ -71,10 +71,7 @@ def find_executable_batch_size(
         clear_device_cache(garbage_collection=True)
         parameters = list(inspect.signature(decorated).parameters)
         if len(parameters) < len(args) + 1:
-            call = ", ".join(
-                f"{name}={value!r:.40}"
-                for name, value in zip(parameters[1:], args[1:], strict=False)
-            )
+            call = ", ".join(f"{name}={value!r:.40}" for name, value in zip(parameters[1:], args[1:], strict=False))
             raise WrongTypeError(
                 explain(
                     f"{decorated.__name__} was called with its batch size, which the decorator passes.",
@@ -88,11 +85,7 @@ def find_executable_batch_size(
                 if not should_reduce_batch_size(error):
                     raise
             clear_device_cache(garbage_collection=True)
-            batch_size = (
-                int(batch_size * 0.9)
-                if reduce_batch_size_fn is None
-                else reduce_batch_size_fn()
-            )
+            batch_size = int(batch_size * 0.9) if reduce_batch_size_fn is None else reduce_batch_size_fn()
         raise RuntimeError("No executable batch size found, reached zero.")
 
     return wrapper

@@ -115,9 +115,7 @@ def send_to_device(
         return rebuild_mapping(
             tensor,
             {
-                key: item
-                if key in skipped
-                else send_to_device(item, device, non_blocking, skip_keys)
+                key: item if key in skipped else send_to_device(item, device, non_blocking, skip_keys)
                 for key, item in tensor.items()
             },
         )
@@ -154,11 +152,7 @@ def gather_object(object: Any) -> list[Any]:
     if runtime.process.world_size == 1:
         return object
     gathered = runtime.collectives.all_gather_object(object)
-    return [
-        item
-        for items in gathered
-        for item in (items if isinstance(items, (list, tuple)) else [items])
-    ]
+    return [item for items in gathered for item in (items if isinstance(items, (list, tuple)) else [items])]
 
 
 def broadcast(tensor: Any, from_process: int = 0) -> Any:
@@ -217,17 +211,13 @@ def reduce(tensor: Any, reduction: str = "mean", scale: float = 1.0) -> Any:
 
     def leaf(item: torch.Tensor) -> torch.Tensor:
         if not alone:
-            item = collectives.all_reduce(
-                item.detach().clone().contiguous(), mean=reduction == "mean"
-            )
+            item = collectives.all_reduce(item.detach().clone().contiguous(), mean=reduction == "mean")
         return item if scale == 1.0 else item * scale
 
     return recursively_apply(leaf, tensor, error_on_other_type=True)
 
 
-def pad_across_processes(
-    tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False
-) -> Any:
+def pad_across_processes(tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
     """Pad each tensor along one dimension to the longest of all ranks. Called on all ranks; collective.
 
     Args:
@@ -241,9 +231,7 @@ def pad_across_processes(
     if runtime.process.world_size == 1:
         return tensor
     padded = [
-        leaf
-        for leaf in tree_leaves(tensor)
-        if isinstance(leaf, torch.Tensor) and -leaf.dim() <= dim < leaf.dim()
+        leaf for leaf in tree_leaves(tensor) if isinstance(leaf, torch.Tensor) and -leaf.dim() <= dim < leaf.dim()
     ]
     if not padded:
         return tensor
@@ -257,18 +245,12 @@ def pad_across_processes(
         if not -item.dim() <= dim < item.dim():
             return item
         size = next(longest)
-        return (
-            item
-            if size == item.shape[dim]
-            else _pad(item, dim, size, pad_index, pad_first)
-        )
+        return item if size == item.shape[dim] else _pad(item, dim, size, pad_index, pad_first)
 
     return recursively_apply(leaf, tensor)
 
 
-def _pad(
-    item: torch.Tensor, dim: int, size: int, pad_index: int, pad_first: bool
-) -> torch.Tensor:
+def _pad(item: torch.Tensor, dim: int, size: int, pad_index: int, pad_first: bool) -> torch.Tensor:
     shape = list(item.shape)
     shape[dim] = size
     padded = item.new_full(shape, pad_index)
@@ -277,9 +259,7 @@ def _pad(
     return padded
 
 
-def pad_input_tensors(
-    tensor: Any, batch_size: int, num_processes: int, dim: int = 0
-) -> Any:
+def pad_input_tensors(tensor: Any, batch_size: int, num_processes: int, dim: int = 0) -> Any:
     """Repeat the last row of each tensor until its size along `dim` divides by `num_processes`.
 
     Args:
@@ -303,9 +283,9 @@ def concatenate(data: Any, dim: int = 0) -> Any:
     """Join a list of nested tensors of the same structure along one dimension, leaf by leaf."""
     if not data:
         raise SettingError("concatenate got nothing to join.")
-    if not any(
-        isinstance(item, torch.Tensor) for item in tree_leaves(data[0])
-    ) and not isinstance(data[0], (tuple, list, Mapping)):
+    if not any(isinstance(item, torch.Tensor) for item in tree_leaves(data[0])) and not isinstance(
+        data[0], (tuple, list, Mapping)
+    ):
         raise WrongTypeError(
             explain(
                 f"concatenate got items of type {type(data[0]).__name__}.",
@@ -314,11 +294,7 @@ def concatenate(data: Any, dim: int = 0) -> Any:
         )
 
     def leaf(*items: Any) -> Any:
-        return (
-            torch.cat(items, dim=dim)
-            if isinstance(items[0], torch.Tensor)
-            else items[0]
-        )
+        return torch.cat(items, dim=dim) if isinstance(items[0], torch.Tensor) else items[0]
 
     return tree_zip_map(leaf, *data)
 

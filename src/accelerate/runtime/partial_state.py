@@ -116,9 +116,7 @@ class PartialState:
         self._runtime.collectives.barrier()
 
     @contextmanager
-    def split_between_processes(
-        self, inputs: Any, apply_padding: bool = False
-    ) -> Iterator[Any]:
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
         """Give each rank its share of some inputs, which stay as they are.
 
         Args:
@@ -129,9 +127,7 @@ class PartialState:
         Raises:
             SettingError: (a `ValueError`) with several processes, if a dictionary's values differ in length.
         """
-        yield control.split_inputs(
-            inputs, self.num_processes, self.process_index, apply_padding
-        )
+        yield control.split_inputs(inputs, self.num_processes, self.process_index, apply_padding)
 
     def main_process_first(self) -> AbstractContextManager[None]:
         """Run the body on rank 0, then on the others. Called on all ranks; collective."""
@@ -141,17 +137,13 @@ class PartialState:
         """Run the body on each machine's first process, then on the others. Called on all ranks; collective."""
         return control.goes_first(self._runtime.collectives, self.is_local_main_process)
 
-    def on_main_process(
-        self, function: Callable[..., Any] | None = None
-    ) -> Callable[..., Any]:
+    def on_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """Decorate a function to run on rank 0 only; the others get `None`."""
         if function is None:
             return self.on_main_process
         return control.only_if(lambda: self.is_main_process, function)
 
-    def on_local_main_process(
-        self, function: Callable[..., Any] | None = None
-    ) -> Callable[..., Any]:
+    def on_local_main_process(self, function: Callable[..., Any] | None = None) -> Callable[..., Any]:
         """Decorate a function to run on the first process of each machine only."""
         if function is None:
             return self.on_local_main_process
@@ -200,9 +192,7 @@ class PartialState:
 
 def _given(index: int | None, name: str) -> int:
     if index is None:
-        raise SettingError(
-            explain(f"{name} is missing.", remedy=f"Pass {name}=<rank>.")
-        )
+        raise SettingError(explain(f"{name} is missing.", remedy=f"Pass {name}=<rank>."))
     return index
 
 

@@ -14,9 +14,7 @@ from ..core.errors import SettingError, explain
 from . import state
 
 
-def set_seed(
-    seed: int, device_specific: bool = False, deterministic: bool = False
-) -> None:
+def set_seed(seed: int, device_specific: bool = False, deterministic: bool = False) -> None:
     """Seed Python, numpy, torch and the device.
 
     Args:
@@ -35,9 +33,7 @@ def set_seed(
         torch.use_deterministic_algorithms(True)
 
 
-def synchronize_rng_states(
-    rng_types: Sequence[str | RNGType], generator: torch.Generator | None = None
-) -> None:
+def synchronize_rng_states(rng_types: Sequence[str | RNGType], generator: torch.Generator | None = None) -> None:
     """Give all ranks the random states of rank 0. Called on all ranks; collective.
 
     Args:
@@ -48,9 +44,7 @@ def synchronize_rng_states(
         synchronize_rng_state(check_rng_type(rng_type), generator)
 
 
-def synchronize_rng_state(
-    rng_type: RNGType | None = None, generator: torch.Generator | None = None
-) -> None:
+def synchronize_rng_state(rng_type: RNGType | None = None, generator: torch.Generator | None = None) -> None:
     """Give all ranks one random state of rank 0. Called on all ranks; collective.
 
     Raises:
@@ -73,9 +67,7 @@ def synchronize_rng_state(
         generator.set_state(collectives.broadcast_object(generator.get_state()))
     else:
         family = hardware.named(rng_type.value)
-        family.set_generator_state(
-            collectives.broadcast_object(family.get_generator_state())
-        )
+        family.set_generator_state(collectives.broadcast_object(family.get_generator_state()))
 
 
 def check_rng_type(value: str | RNGType) -> RNGType:

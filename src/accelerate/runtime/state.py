@@ -84,11 +84,7 @@ def current() -> Runtime:
 
 def current_or_single() -> Runtime:
     """Return the runtime, or one for a single process on the CPU if there is none; that one is not kept."""
-    return (
-        SHARED["_runtime"]
-        if "_runtime" in SHARED
-        else _single(hardware.CPU, hardware.CPU.device(), {})
-    )
+    return SHARED["_runtime"] if "_runtime" in SHARED else _single(hardware.CPU, hardware.CPU.device(), {})
 
 
 def start(settings: ProcessSettings) -> Runtime:
@@ -129,16 +125,12 @@ def _flag(environ: Mapping[str, str], name: str) -> bool:
     return bool(str_to_bool(environ.get(name) or "false"))
 
 
-def _choose_hardware(
-    cpu: bool, environ: Mapping[str, str]
-) -> tuple[Hardware, torch.device | None]:
+def _choose_hardware(cpu: bool, environ: Mapping[str, str]) -> tuple[Hardware, torch.device | None]:
     named_device = environ.get("ACCELERATE_TORCH_DEVICE")
     if cpu:
         return hardware.CPU, None
     if named_device:
-        return hardware.of(named_device, "from ACCELERATE_TORCH_DEVICE"), torch.device(
-            named_device
-        )
+        return hardware.of(named_device, "from ACCELERATE_TORCH_DEVICE"), torch.device(named_device)
     return hardware.detect(), None
 
 
@@ -202,11 +194,7 @@ def _join(
 
 def _share_cores(process: Process, environ: Mapping[str, str]) -> None:
     # Left alone, each process would start one thread per core, and they would fight over the cores.
-    if (
-        "OMP_NUM_THREADS" in environ
-        or process.source == "attached"
-        or process.local_world_size == 1
-    ):
+    if "OMP_NUM_THREADS" in environ or process.source == "attached" or process.local_world_size == 1:
         return
     cores = psutil.cpu_count(logical=False) or 1
     torch.set_num_threads(max(1, cores // process.local_world_size))

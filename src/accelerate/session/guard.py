@@ -23,9 +23,7 @@ def guard_first_step(wrapper: AcceleratedOptimizer, plan: ParallelPlan) -> None:
     if plan.precision.scaler is not None:
         reasons.append("gradients are scaled for fp16")
     if (plan.settings.accumulation.num_steps or 1) > 1:
-        reasons.append(
-            f"gradients are accumulated over {plan.settings.accumulation.num_steps} batches"
-        )
+        reasons.append(f"gradients are accumulated over {plan.settings.accumulation.num_steps} batches")
     if not reasons:
         return
     inner = wrapper.optimizer

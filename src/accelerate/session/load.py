@@ -102,9 +102,7 @@ def load_state(
                 _load_position(source, index, loader, runtime.process.rank, strict)
         # Last, because what came before may have drawn random numbers.
         saved_ranks = choice.manifest.world_size if choice.manifest else None
-        rest = train_state.load_random_state(
-            source, runtime.process.rank, saved_ranks, runtime.hardware, strict
-        )
+        rest = train_state.load_random_state(source, runtime.process.rank, saved_ranks, runtime.hardware, strict)
     number = layout.checkpoint_number(source.name)
     if project.automatic_checkpoint_naming and number is not None:
         project.iteration = max(project.iteration, number + 1)
@@ -112,13 +110,9 @@ def load_state(
     return Loaded(source, step, project.iteration)
 
 
-def _look(
-    folder: str | Path | None, project: ProjectConfiguration, strict: bool
-) -> _Choice:
+def _look(folder: str | Path | None, project: ProjectConfiguration, strict: bool) -> _Choice:
     try:
-        source = (
-            _newest(project) if folder is None else _given(Path(folder).expanduser())
-        )
+        source = _newest(project) if folder is None else _given(Path(folder).expanduser())
         commit.recover(source)
         found = manifest.read(source)
         if found is not None:
@@ -133,26 +127,18 @@ def _look(
     except AccelerateError as error:
         return _Choice("", None, error)
     except Exception as error:  # noqa: BLE001 - the other ranks are waiting to hear of it
-        return _Choice(
-            "",
-            None,
-            CheckpointError(
-                f"The checkpoint cannot be read: {type(error).__name__}: {error}"
-            ),
-        )
+        return _Choice("", None, CheckpointError(f"The checkpoint cannot be read: {type(error).__name__}: {error}"))
     return _Choice(str(source), found)
 
 
-def _same_choice(
-    own: _Choice | None, choices: list[_Choice | None], rank: int
-) -> _Choice:
+def _same_choice(own: _Choice | None, choices: list[_Choice | None], rank: int) -> _Choice:
     found = [choice for choice in choices if choice is not None]
     for choice in found:
         if choice.error is not None:
             raise choice.error
     first = found[0]
     others = {choice.manifest.save_id if choice.manifest else None for choice in found}
-    if False:
+    if len(others) > 1:
         raise CheckpointError(
             explain(
                 f"The nodes hold parts of different saves under {first.folder}.",
@@ -169,12 +155,7 @@ def _lost_manifest(source: Path) -> bool:
 
 def _given(source: Path) -> Path:
     if not source.is_dir():
-        raise SettingError(
-            explain(
-                f"{source} is no folder to load a checkpoint from.",
-                remedy="Check the path.",
-            )
-        )
+        raise SettingError(explain(f"{source} is no folder to load a checkpoint from.", remedy="Check the path."))
     return source
 
 
@@ -182,22 +163,16 @@ def _newest(project: ProjectConfiguration) -> Path:
     if not project.automatic_checkpoint_naming:
         raise SettingError(
             explain(
-                "load_state() was given no folder, and automatic_checkpoint_naming is off.",
-                remedy="Pass input_dir.",
+                "load_state() was given no folder, and automatic_checkpoint_naming is off.", remedy="Pass input_dir."
             )
         )
     folder = _given(checkpoints_folder(project))
     skipped: list[str] = []
-    for name in layout.newest_first(
-        path.name for path in folder.iterdir() if path.is_dir()
-    ):
+    for name in layout.newest_first(path.name for path in folder.iterdir() if path.is_dir()):
         problem = _incomplete(folder / name)
         if not problem:
             if skipped:
-                warnings.warn(
-                    f"Loading {name}; newer ones are not complete: {'; '.join(skipped)}",
-                    stacklevel=4,
-                )
+                warnings.warn(f"Loading {name}; newer ones are not complete: {'; '.join(skipped)}", stacklevel=4)
             return folder / name
         skipped.append(f"{name}: {problem}")
     raise CheckpointError(
@@ -216,11 +191,7 @@ def _incomplete(source: Path) -> str:
             manifest.check(source, found)
     except CheckpointError as error:
         return str(error).splitlines()[0]
-    return (
-        ""
-        if found is not None or legacy.is_peer_folder(source)
-        else "it has no manifest"
-    )
+    return "" if found is not None or legacy.is_peer_folder(source) else "it has no manifest"
 
 
 def _check_custom_objects(source: Path, registered: int) -> None:
@@ -235,38 +206,23 @@ def _check_custom_objects(source: Path, registered: int) -> None:
 
 
 def _load_shared(
-    source: Path,
-    schedulers: Sequence[Any],
-    dataloaders: Sequence[Any],
-    scaler: Any,
-    custom_objects: Sequence[Any],
+    source: Path, schedulers: Sequence[Any], dataloaders: Sequence[Any], scaler: Any, custom_objects: Sequence[Any]
 ) -> None:
     for index, scheduler in enumerate(schedulers):
-        scheduler.load_state_dict(
-            train_state.read_state(
-                source, layout.numbered(layout.SCHEDULER_NAME, index)
-            )
-        )
+        scheduler.load_state_dict(train_state.read_state(source, layout.numbered(layout.SCHEDULER_NAME, index)))
     for index, loader in enumerate(dataloaders):
         stem = layout.numbered(layout.SAMPLER_NAME, index)
         if (source / layout.state_files(stem)[0]).is_file():
             train_state.set_loader_state(loader, train_state.read_state(source, stem))
         else:
-            warnings.warn(
-                f"{source} does not say in which epoch loader {index} was; it starts anew.",
-                stacklevel=3,
-            )
+            warnings.warn(f"{source} does not say in which epoch loader {index} was; it starts anew.", stacklevel=3)
     if scaler is not None:
         scaler.load_state_dict(train_state.read_state(source, layout.SCALER_STEM))
     for index, custom in enumerate(custom_objects):
-        custom.load_state_dict(
-            train_state.read_state(source, layout.custom_stem(index))
-        )
+        custom.load_state_dict(train_state.read_state(source, layout.custom_stem(index)))
 
 
-def _load_position(
-    source: Path, index: int, loader: Any, rank: int, strict: bool
-) -> None:
+def _load_position(source: Path, index: int, loader: Any, rank: int, strict: bool) -> None:
     stem = layout.loader_stem(index, rank)
     if train_state.has_state(source, stem):
         loader.load_state_dict(train_state.read_state(source, stem))
@@ -275,8 +231,7 @@ def _load_position(
     if strict:
         raise CheckpointError(
             explain(
-                f"{problem}.",
-                remedy="Continue with as many ranks as saved, or pass strict=False to start the epoch.",
+                f"{problem}.", remedy="Continue with as many ranks as saved, or pass strict=False to start the epoch."
             )
         )
     warnings.warn(f"{problem}; it starts the epoch anew.", stacklevel=3)

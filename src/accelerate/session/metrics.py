@@ -11,9 +11,7 @@ from ..runtime import ops, state
 from ..runtime.accumulation import GradientState
 
 
-def gather_for_metrics(
-    gradient_state: GradientState, input_data: Any, use_gather_object: bool
-) -> Any:
+def gather_for_metrics(gradient_state: GradientState, input_data: Any, use_gather_object: bool) -> Any:
     """Return the data of all ranks, cut to the real samples on a loader's last batch. Collective.
 
     Args:
@@ -21,9 +19,7 @@ def gather_for_metrics(
         input_data: Nested tensors, or any objects, which travel pickled.
         use_gather_object: Send tensors as objects too, for shapes that differ.
     """
-    as_objects = use_gather_object or not all(
-        isinstance(leaf, torch.Tensor) for leaf in tree_leaves(input_data)
-    )
+    as_objects = use_gather_object or not all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(input_data))
     data = ops.gather_object(input_data) if as_objects else ops.gather(input_data)
     if not gradient_state.end_of_dataloader:
         return data

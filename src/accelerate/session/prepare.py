@@ -10,9 +10,7 @@ from .guard import guard_first_step
 from .session import Session
 
 
-def prepare(
-    session: Session, objects: Sequence[Any], placement: Sequence[bool | None] | None
-) -> Any:
+def prepare(session: Session, objects: Sequence[Any], placement: Sequence[bool | None] | None) -> Any:
     """Prepare objects of any kind, in any order. Called on all ranks, with the same objects; collective.
 
     Returns:
@@ -43,9 +41,7 @@ def prepare_scheduler(session: Session, scheduler: Any) -> Any:
     return _run(session, job)
 
 
-def _sort(
-    session: Session, objects: Sequence[Any], placement: Sequence[bool | None] | None
-) -> Job:
+def _sort(session: Session, objects: Sequence[Any], placement: Sequence[bool | None] | None) -> Job:
     return sort(
         objects,
         placement,

@@ -19,6 +19,4 @@ def profile(runtime: Runtime, options: ProfileKwargs) -> Iterator[Any]:
     if options.output_trace_dir is not None:
         folder = Path(options.output_trace_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(
-            str(folder / f"profile_{runtime.process.rank}.json")
-        )
+        profiler.export_chrome_trace(str(folder / f"profile_{runtime.process.rank}.json"))

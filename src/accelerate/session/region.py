@@ -32,9 +32,7 @@ def get_mixed_precision_context_manager(
     return precision.choose(name, state.current().hardware).autocast(autocast_kwargs)
 
 
-def get_grad_scaler(
-    distributed_type: Any = None, **kwargs: Any
-) -> torch.amp.GradScaler:
+def get_grad_scaler(distributed_type: Any = None, **kwargs: Any) -> torch.amp.GradScaler:
     """Return the loss scaler for this process's device.
 
     Args:

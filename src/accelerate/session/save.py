@@ -75,22 +75,11 @@ def save_state(
 
     def finish(staging: Path) -> None:
         world_size, iteration = runtime.process.world_size, project.iteration
-        manifest.write(
-            staging,
-            save_id=save_id,
-            world_size=world_size,
-            step=step,
-            iteration=iteration,
-        )
+        manifest.write(staging, save_id=save_id, world_size=world_size, step=step, iteration=iteration)
 
     automatic = project.automatic_checkpoint_naming
     with commit.staged(
-        target,
-        collectives,
-        leads=leads,
-        fresh=automatic,
-        stale=manifest.files_of,
-        finish=finish,
+        target, collectives, leads=leads, fresh=automatic, stale=manifest.files_of, finish=finish
     ) as staging:
         weights = [get_model_state(model) for model in models]
         for hook in pre_hooks:
@@ -110,11 +99,7 @@ def save_state(
 
 def leads_on_disk(runtime: Runtime, project: ProjectConfiguration) -> bool:
     """Tell whether this rank writes what the ranks at its disk share."""
-    return (
-        runtime.process.local_rank
-        if project.save_on_each_node
-        else runtime.process.rank
-    ) == 0
+    return (runtime.process.local_rank if project.save_on_each_node else runtime.process.rank) == 0
 
 
 def checkpoints_folder(project: ProjectConfiguration) -> Path:
@@ -135,9 +120,7 @@ def checkpoints_folder(project: ProjectConfiguration) -> Path:
 
 def _choose_folder(folder: str | Path | None, project: ProjectConfiguration) -> Path:
     if project.automatic_checkpoint_naming:
-        return layout.checkpoint_folder(
-            checkpoints_folder(project).parent, project.iteration
-        )
+        return layout.checkpoint_folder(checkpoints_folder(project).parent, project.iteration)
     if folder is None:
         raise WrongTypeError(
             explain(
@@ -149,18 +132,10 @@ def _choose_folder(folder: str | Path | None, project: ProjectConfiguration) -> 
 
 
 def _save_shared(
-    staging: Path,
-    schedulers: Sequence[Any],
-    dataloaders: Sequence[Any],
-    scaler: Any,
-    custom_objects: Sequence[Any],
+    staging: Path, schedulers: Sequence[Any], dataloaders: Sequence[Any], scaler: Any, custom_objects: Sequence[Any]
 ) -> None:
     for index, scheduler in enumerate(schedulers):
-        train_state.write_state(
-            staging,
-            layout.numbered(layout.SCHEDULER_NAME, index),
-            scheduler.state_dict(),
-        )
+        train_state.write_state(staging, layout.numbered(layout.SCHEDULER_NAME, index), scheduler.state_dict())
     for index, loader in enumerate(dataloaders):
         stem = layout.numbered(layout.SAMPLER_NAME, index)
         train_state.write_state(staging, stem, train_state.loader_state(loader))
@@ -170,24 +145,16 @@ def _save_shared(
         train_state.write_state(staging, layout.custom_stem(index), custom.state_dict())
 
 
-def _save_own(
-    staging: Path, rank: int, dataloaders: Sequence[Any], runtime: Runtime
-) -> None:
+def _save_own(staging: Path, rank: int, dataloaders: Sequence[Any], runtime: Runtime) -> None:
     for index, loader in enumerate(dataloaders):
         if is_stateful(loader):
-            train_state.write_state(
-                staging, layout.loader_stem(index, rank), loader.state_dict()
-            )
-    train_state.write_state(
-        staging, layout.rng_stem(rank), train_state.random_state(runtime.hardware)
-    )
+            train_state.write_state(staging, layout.loader_stem(index, rank), loader.state_dict())
+    train_state.write_state(staging, layout.rng_stem(rank), train_state.random_state(runtime.hardware))
 
 
 def is_stateful(loader: Any) -> bool:
     """Tell whether a prepared loader can say where inside an epoch it is."""
-    return bool(getattr(loader, "use_stateful_dataloader", False)) and hasattr(
-        loader, "state_dict"
-    )
+    return bool(getattr(loader, "use_stateful_dataloader", False)) and hasattr(loader, "state_dict")
 
 
 def _rotate(target: Path, total_limit: int | None) -> None:
@@ -195,7 +162,4 @@ def _rotate(target: Path, total_limit: int | None) -> None:
         commit.rotate(target.parent, total_limit, target.name)
     except OSError as error:
         # The new checkpoint is complete; that an old one is still there is no reason to stop a run.
-        warnings.warn(
-            f"An old checkpoint in {target.parent} could not be removed: {error}",
-            stacklevel=3,
-        )
+        warnings.warn(f"An old checkpoint in {target.parent} could not be removed: {error}", stacklevel=3)

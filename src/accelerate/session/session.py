@@ -75,9 +75,7 @@ class Session:
             SettingError: (a `ValueError`) if a model is the inside of a prepared wrapper.
         """
         for model in models:
-            if not any(model is item for item in self.prepared_models) and any(
-                model is item for item in self.models
-            ):
+            if not any(model is item for item in self.prepared_models) and any(model is item for item in self.models):
                 raise SettingError(
                     explain(
                         f"{caller}({type(model).__name__}) got the model as it was before prepare(), which made a "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from ..core.enums import PrecisionType
 from ..core.errors import NotStarted, SettingError, explain
@@ -25,7 +25,7 @@ class AcceleratorState:
         SettingError: (a `ValueError`) if there is no `Accelerator` yet, or the arguments contradict it.
     """
 
-    _shared_state: dict[str, Any] = {}
+    _shared_state: ClassVar[dict[str, Any]] = {}
     _known_attributes = (
         *PartialState._known_attributes,
         "deepspeed_plugins",
@@ -61,12 +61,10 @@ class AcceleratorState:
             ),
         ):
             if value is not None:
-                absent.refuse(
-                    f"{name}={value!r:.60} (an argument of AcceleratorState)", engine
-                )
+                absent.refuse(f"{name}={value!r:.60} (an argument of AcceleratorState)", engine)
         precision = arguments.precision_from(mixed_precision, env.read())
         if self.initialized:
-            self._check_again(mixed_precision and precision, cpu)
+            self._check_again(precision if mixed_precision else None, cpu)
             return
         if not _from_accelerator:
             raise SettingError(
@@ -169,13 +167,9 @@ class AcceleratorState:
         PartialState().wait_for_everyone()
 
     @contextmanager
-    def split_between_processes(
-        self, inputs: Any, apply_padding: bool = False
-    ) -> Iterator[Any]:
+    def split_between_processes(self, inputs: Any, apply_padding: bool = False) -> Iterator[Any]:
         """Give each rank its share; see `PartialState.split_between_processes`."""
-        with PartialState().split_between_processes(
-            inputs, apply_padding=apply_padding
-        ) as share:
+        with PartialState().split_between_processes(inputs, apply_padding=apply_padding) as share:
             yield share
 
     def main_process_first(self) -> AbstractContextManager[None]:

@@ -11,9 +11,7 @@ from .session import Session
 
 
 @contextmanager
-def join_uneven_inputs(
-    session: Session, joinables: Sequence[Any], even_batches: bool | None
-) -> Iterator[None]:
+def join_uneven_inputs(session: Session, joinables: Sequence[Any], even_batches: bool | None) -> Iterator[None]:
     """Train on inputs of uneven length. Called on all ranks; see `Accelerator.join_uneven_inputs`."""
     with _even_batches(session, even_batches), session.strategy.join(joinables):
         yield
@@ -24,7 +22,7 @@ def _even_batches(session: Session, value: bool | None) -> Iterator[None]:
     changed: list[tuple[Any, bool]] = []
     if value is not None and session.plan.runtime.process.world_size > 1:
         for loader in session.dataloaders:
-            sampler = getattr(loader, "batch_sampler", None)
+            sampler: Any = getattr(loader, "batch_sampler", None)
             if hasattr(sampler, "even_batches"):
                 changed.append((sampler, sampler.even_batches))
                 sampler.even_batches = value

@@ -113,17 +113,13 @@ def precision_from(
 def _refuse_absent(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> None:
     for name, engine in _ABSENT_ARGUMENTS.items():
         if arguments[name] is not None and arguments[name] != []:
-            absent.refuse(
-                f"{name}={arguments[name]!r:.60} (an argument of Accelerator)", engine
-            )
+            absent.refuse(f"{name}={arguments[name]!r:.60} (an argument of Accelerator)", engine)
     for name, engine in _ABSENT_VARIABLES.items():
         if str_to_bool(environ.get(name) or "false"):
             absent.refuse(f"{name}={environ[name]} (in the environment)", engine)
 
 
-def _accumulation(
-    arguments: Mapping[str, Any], environ: Mapping[str, str]
-) -> GradientAccumulationPlugin:
+def _accumulation(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> GradientAccumulationPlugin:
     steps, plugin = (
         arguments["gradient_accumulation_steps"],
         arguments["gradient_accumulation_plugin"],
@@ -141,9 +137,7 @@ def _accumulation(
         return plugin
     text = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if text is not None:
-        asked = _whole_number(
-            text, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment"
-        )
+        asked = _whole_number(text, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment")
         if steps not in (1, asked):
             warnings.warn(
                 f"gradient_accumulation_steps={steps} (argument of Accelerator) gives way to {asked} (from "
@@ -152,9 +146,7 @@ def _accumulation(
                 stacklevel=4,
             )
         steps = asked
-    return GradientAccumulationPlugin(
-        num_steps=_whole_number(steps, "gradient_accumulation_steps")
-    )
+    return GradientAccumulationPlugin(num_steps=_whole_number(steps, "gradient_accumulation_steps"))
 
 
 def _whole_number(value: Any, name: str) -> int:
@@ -174,11 +166,7 @@ def _whole_number(value: Any, name: str) -> int:
 def _data(arguments: Mapping[str, Any]) -> DataLoaderConfiguration:
     config, split = arguments["dataloader_config"], arguments["split_batches"]
     if config is None:
-        return (
-            DataLoaderConfiguration()
-            if split is UNSET
-            else DataLoaderConfiguration(split_batches=bool(split))
-        )
+        return DataLoaderConfiguration() if split is UNSET else DataLoaderConfiguration(split_batches=bool(split))
     _check_type("dataloader_config", config, DataLoaderConfiguration)
     if split is not UNSET and bool(split) != config.split_batches:
         raise SettingError(
@@ -214,11 +202,7 @@ def _project(arguments: Mapping[str, Any]) -> ProjectConfiguration:
 def _compile(arguments: Mapping[str, Any]) -> TorchDynamoPlugin:
     backend, plugin = arguments["dynamo_backend"], arguments["dynamo_plugin"]
     if plugin is None:
-        return (
-            TorchDynamoPlugin()
-            if backend is None
-            else TorchDynamoPlugin(backend=backend)
-        )
+        return TorchDynamoPlugin() if backend is None else TorchDynamoPlugin(backend=backend)
     _check_type("dynamo_plugin", plugin, TorchDynamoPlugin)
     if backend is not None:
         raise SettingError(
@@ -244,11 +228,7 @@ def _handlers(given: Sequence[KwargsHandler] | None) -> Handlers:
     found: dict[str, Any] = {}
     for handler in given or ():
         name = next(
-            (
-                name
-                for kind, name in _HANDLER_FIELDS.items()
-                if isinstance(handler, kind)
-            ),
+            (name for kind, name in _HANDLER_FIELDS.items() if isinstance(handler, kind)),
             None,
         )
         if name is None:

@@ -97,18 +97,11 @@ class ClusterConfig:
         """Return the keys that a file would hold: enumerations as text, empty entries left out."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         texts = {key: getattr(value, "value", value) for key, value in values.items()}
-        return {
-            key: value
-            for key, value in texts.items()
-            if value is not None and value != {}
-        }
+        return {key: value for key, value in texts.items() if value is not None and value != {}}
 
     def to_json_file(self, json_file: str | Path) -> None:
         """Write the keys as JSON."""
-        Path(json_file).write_text(
-            json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n",
-            encoding="utf-8",
-        )
+        Path(json_file).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     def to_yaml_file(self, yaml_file: str | Path) -> None:
         """Write the keys as YAML."""
@@ -182,11 +175,7 @@ def read(path: Path) -> ConfigFile:
     given = frozenset(values)
     values = _translate_legacy(values)
     _check_environment(path, values, lines)
-    checked = {
-        key: _typed(path, key, value, lines)
-        for key, value in values.items()
-        if value is not None
-    }
+    checked = {key: _typed(path, key, value, lines) for key, value in values.items() if value is not None}
     return ConfigFile(path, ClusterConfig(**_completed(checked)), given, lines)
 
 
@@ -219,9 +208,7 @@ def _parse(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         )
     try:
         text = path.read_text(encoding="utf-8")
-        values, lines = (
-            _parse_json(text) if path.suffix == ".json" else _parse_yaml(path, text)
-        )
+        values, lines = _parse_json(text) if path.suffix == ".json" else _parse_yaml(path, text)
     except ValueError as error:
         if isinstance(error, SettingError):
             raise
@@ -272,9 +259,7 @@ def _note_lines(path: Path, node: Any, prefix: str, lines: dict[str, int]) -> No
         key = f"{prefix}{key_node.value}"
         line = key_node.start_mark.line + 1
         if key in lines:
-            _refuse_text(
-                path, f"{key!r} stands at line {lines[key]} and again at line {line}"
-            )
+            _refuse_text(path, f"{key!r} stands at line {lines[key]} and again at line {line}")
         lines[key] = line
         if not prefix:
             _note_lines(path, value_node, f"{key}.", lines)
@@ -287,10 +272,7 @@ def _translate_legacy(values: dict[str, Any]) -> dict[str, Any]:
         translated["mixed_precision"] = "fp16"
     backend = translated.pop("dynamo_backend", None)
     if backend not in (None, False, "NO", "no"):
-        translated["dynamo_config"] = {
-            **(translated.get("dynamo_config") or {}),
-            "dynamo_backend": backend,
-        }
+        translated["dynamo_config"] = {**(translated.get("dynamo_config") or {}), "dynamo_backend": backend}
     # An unquoted NO is a boolean in YAML; people write these by hand.
     for key, word in (("distributed_type", "NO"), ("mixed_precision", "no")):
         if translated.get(key) is False:
@@ -298,18 +280,13 @@ def _translate_legacy(values: dict[str, Any]) -> dict[str, Any]:
     return translated
 
 
-def _check_environment(
-    path: Path, values: Mapping[str, Any], lines: Mapping[str, int]
-) -> None:
-    environment = values.get(
-        "compute_environment", ComputeEnvironment.LOCAL_MACHINE.value
-    )
+def _check_environment(path: Path, values: Mapping[str, Any], lines: Mapping[str, int]) -> None:
+    environment = values.get("compute_environment", ComputeEnvironment.LOCAL_MACHINE.value)
     if environment == ComputeEnvironment.AMAZON_SAGEMAKER.value:
         from .options.absent import refuse
 
         refuse(
-            f"compute_environment=AMAZON_SAGEMAKER ({_place(path, 'compute_environment', lines)})",
-            "SageMaker support",
+            f"compute_environment=AMAZON_SAGEMAKER ({_place(path, 'compute_environment', lines)})", "SageMaker support"
         )
     if environment not in [item.value for item in ComputeEnvironment]:
         raise SettingError(
@@ -322,11 +299,7 @@ def _check_environment(
     accepted = [item.value for item in DistributedType]
     kind = values.get("distributed_type")
     if kind not in [*accepted, "TPU"]:
-        problem = (
-            "is missing"
-            if kind is None
-            else f"has the value {kind!r}, which is not known"
-        )
+        problem = "is missing" if kind is None else f"has the value {kind!r}, which is not known"
         raise SettingError(
             explain(
                 f"The key distributed_type {problem} ({_place(path, 'distributed_type', lines)}).",
@@ -353,12 +326,7 @@ def _typed(path: Path, key: str, value: Any, lines: Mapping[str, int]) -> Any:
     except (TypeError, ValueError) as error:
         if isinstance(error, SettingError) and kind == "dict":
             raise
-    named = {
-        "bool": "true or false",
-        "int": "an integer",
-        "dict": "nested keys",
-        "list": "a list",
-    }.get(kind, "text")
+    named = {"bool": "true or false", "int": "an integer", "dict": "nested keys", "list": "a list"}.get(kind, "text")
     raise SettingError(
         explain(
             f"{key}={value!r} has a wrong type ({_place(path, key, lines)}).",
@@ -368,9 +336,7 @@ def _typed(path: Path, key: str, value: Any, lines: Mapping[str, int]) -> Any:
     )
 
 
-def _dynamo(
-    path: Path, values: dict[str, Any], lines: Mapping[str, int]
-) -> dict[str, Any]:
+def _dynamo(path: Path, values: dict[str, Any], lines: Mapping[str, int]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for key, value in values.items():
         full = key if key.startswith("dynamo_") else f"dynamo_{key}"

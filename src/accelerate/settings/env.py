@@ -95,7 +95,7 @@ def parse_choice_from_env(key: str, default: str = "no") -> str:
 def get_int_from_env(env_keys: list[str], default: int) -> int:
     """Return the first of several variables that holds a number >= 0."""
     for key in env_keys:
-        value = int(os.environ.get(key, -1))
+        value = int(os.environ.get(key, "-1"))
         if value >= 0:
             return value
     return default
@@ -109,11 +109,7 @@ def purge_accelerate_environment(func_or_cls: Any) -> Any:
     if not isinstance(func_or_cls, type):
         return _restoring(func_or_cls)
     for name, value in list(vars(func_or_cls).items()):
-        if (
-            callable(value)
-            and not isinstance(value, type)
-            and not name.startswith("__")
-        ):
+        if callable(value) and not isinstance(value, type) and not name.startswith("__"):
             setattr(func_or_cls, name, _restoring(value))
     return func_or_cls
 
@@ -121,11 +117,7 @@ def purge_accelerate_environment(func_or_cls: Any) -> Any:
 def _restoring(function: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        before = {
-            name: value
-            for name, value in os.environ.items()
-            if name.startswith("ACCELERATE_")
-        }
+        before = {name: value for name, value in os.environ.items() if name.startswith("ACCELERATE_")}
         try:
             return function(*args, **kwargs)
         finally:

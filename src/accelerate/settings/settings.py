@@ -37,9 +37,7 @@ class Settings:
     cpu: bool = False
     device_placement: bool = True
     mixed_precision: PrecisionType | None = None
-    accumulation: GradientAccumulationPlugin = field(
-        default_factory=lambda: GradientAccumulationPlugin(num_steps=1)
-    )
+    accumulation: GradientAccumulationPlugin = field(default_factory=lambda: GradientAccumulationPlugin(num_steps=1))
     data: DataLoaderConfiguration = field(default_factory=DataLoaderConfiguration)
     project: ProjectConfiguration = field(default_factory=ProjectConfiguration)
     compile: TorchDynamoPlugin = field(default_factory=TorchDynamoPlugin)

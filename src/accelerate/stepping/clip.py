@@ -17,11 +17,7 @@ def owners(
     return [
         optimizer
         for optimizer in optimizers
-        if any(
-            id(parameter) in wanted
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-        )
+        if any(id(parameter) in wanted for group in optimizer.param_groups for parameter in group["params"])
     ]
 
 
@@ -50,14 +46,10 @@ def clip_norm(
     scale: float = 1.0,
 ) -> torch.Tensor:
     """Clip the norm of all gradients together; return the norm they had."""
-    norm = torch.nn.utils.clip_grad_norm_(
-        parameters, max_norm * scale, norm_type=norm_type
-    )
+    norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm * scale, norm_type=norm_type)
     return norm if scale == 1.0 else norm / scale
 
 
-def clip_value(
-    parameters: Sequence[torch.Tensor], value: float, scale: float = 1.0
-) -> None:
+def clip_value(parameters: Sequence[torch.Tensor], value: float, scale: float = 1.0) -> None:
     """Clip each element of the gradients."""
     torch.nn.utils.clip_grad_value_(parameters, value * scale)

@@ -17,9 +17,7 @@ from .scaling import LossScaling
 
 def move_to_device(data: Any, device: torch.device) -> Any:
     """Return nested data with its tensors on `device`."""
-    return tree_map(
-        lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, data
-    )
+    return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, data)
 
 
 class AcceleratedOptimizer(torch.optim.Optimizer):
@@ -72,7 +70,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         return self.optimizer.state
 
     @state.setter
-    def state(self, state: Any) -> None:
+    def state(self, state: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.optimizer.state = state
 
     @property
@@ -81,11 +79,11 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         return self.optimizer.param_groups
 
     @param_groups.setter
-    def param_groups(self, param_groups: Any) -> None:
+    def param_groups(self, param_groups: Any) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         self.optimizer.param_groups = param_groups
 
     @property
-    def defaults(self) -> Any:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def defaults(self) -> Any:
         """The inner optimizer's defaults."""
         return self.optimizer.defaults
 

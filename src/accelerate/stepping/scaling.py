@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 
-_SCALINGS: weakref.WeakKeyDictionary[torch.amp.GradScaler, LossScaling] = (
-    weakref.WeakKeyDictionary()
-)
+_SCALINGS: weakref.WeakKeyDictionary[torch.amp.GradScaler, LossScaling] = weakref.WeakKeyDictionary()
 
 
 class LossScaling:
@@ -42,9 +40,7 @@ class LossScaling:
         """The scaler, which belongs to the session."""
         scaler = self._scaler()
         if scaler is None:
-            raise RuntimeError(
-                "The loss scaler was deleted while an optimizer still steps with it."
-            )
+            raise RuntimeError("The loss scaler was deleted while an optimizer still steps with it.")
         return scaler
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
@@ -63,9 +59,7 @@ class LossScaling:
         """Count an optimizer among those that step with this scale."""
         self._optimizers.add(optimizer)
 
-    def step(
-        self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None
-    ) -> bool | Callable[[], bool]:
+    def step(self, optimizer: torch.optim.Optimizer, closure: Callable[[], Any] | None) -> bool | Callable[[], bool]:
         """Step unless gradients overflowed.
 
         Returns:
@@ -94,9 +88,5 @@ class LossScaling:
         # The scaler's own finding: it also tells of fused optimizers, which skip inside their kernel.
         if not self.scaler.is_enabled():
             return False
-        found = list(
-            self.scaler._per_optimizer_states[id(optimizer)][
-                "found_inf_per_device"
-            ].values()
-        )
+        found = list(self.scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"].values())
         return lambda: any(bool(flag.item()) for flag in found)

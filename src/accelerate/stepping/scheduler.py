@@ -31,19 +31,12 @@ class AcceleratedScheduler:
         split_batches: bool = False,
     ) -> None:
         self.scheduler = scheduler
-        self.optimizers: Sequence[Any] = (
-            optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
-        )
+        self.optimizers: Sequence[Any] = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
         self.split_batches = split_batches
         self.step_with_optimizer = step_with_optimizer
         self.gradient_state = GradientState()
-        self._repeats = (
-            1 if split_batches else state.current_or_single().process.world_size
-        )
-        self._may_skip = any(
-            getattr(optimizer, "scaler", None) is not None
-            for optimizer in self.optimizers
-        )
+        self._repeats = 1 if split_batches else state.current_or_single().process.world_size
+        self._may_skip = any(getattr(optimizer, "scaler", None) is not None for optimizer in self.optimizers)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step, unless this batch only accumulates or the optimizer skipped its step."""
@@ -52,9 +45,7 @@ class AcceleratedScheduler:
             return
         if not self.gradient_state.sync_gradients:
             return
-        if self._may_skip and any(
-            optimizer.step_was_skipped for optimizer in self.optimizers
-        ):
+        if self._may_skip and any(optimizer.step_was_skipped for optimizer in self.optimizers):
             return
         if self._repeats == 1:
             self._step_within_total(args, kwargs)

@@ -22,9 +22,7 @@ def existing_group() -> tuple[int, int] | None:
     return dist.get_rank(), dist.get_world_size()
 
 
-def choose_backend(
-    requested: str | None, device_name: str, device_backend: str | None
-) -> str:
+def choose_backend(requested: str | None, device_name: str, device_backend: str | None) -> str:
     """Return the backend string for torch.
 
     An accelerator's group carries gloo as well, so that objects and tensors on the CPU travel without a detour
@@ -71,9 +69,7 @@ def connect(
     if timeout is not None:
         options["timeout"] = timeout
     if init_method is not None:
-        options.update(
-            init_method=init_method, rank=process.rank, world_size=process.world_size
-        )
+        options.update(init_method=init_method, rank=process.rank, world_size=process.world_size)
     else:
         _announce(process)
     dist.init_process_group(backend=backend, **options)

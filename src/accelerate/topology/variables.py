@@ -21,8 +21,7 @@ def number(environ: Mapping[str, str], name: str, default: int | None = None) ->
             explain(
                 f"{name}={text!r} in the environment is not a rank or size."
                 if text
-                else f"{name} is not set, although other "
-                "variables say that a launcher started this process.",
+                else f"{name} is not set, although other variables say that a launcher started this process.",
                 accepted="an integer >= 0",
                 remedy="Start the script with `accelerate launch` or torchrun, or unset RANK, WORLD_SIZE and LOCAL_RANK.",
             )

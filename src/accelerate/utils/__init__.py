@@ -288,8 +288,8 @@ if TYPE_CHECKING:
     from ..settings.options.absent import (
         FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin,
     )
-    from ..settings.options.absent import MSAMPRecipeKwargs as MSAMPRecipeKwargs
     from ..settings.options.absent import MegatronLMPlugin as MegatronLMPlugin
+    from ..settings.options.absent import MSAMPRecipeKwargs as MSAMPRecipeKwargs
     from ..settings.options.absent import ParallelismConfig as ParallelismConfig
     from ..settings.options.absent import TERecipeKwargs as TERecipeKwargs
     from ..settings.options.absent import (

@@ -19,8 +19,8 @@ from ..settings.options.absent import (
     DeepSpeedPlugin,
     FP8RecipeKwargs,
     FullyShardedDataParallelPlugin,
-    MSAMPRecipeKwargs,
     MegatronLMPlugin,
+    MSAMPRecipeKwargs,
     TERecipeKwargs,
     TorchTensorParallelPlugin,
 )

@@ -192,6 +192,16 @@ def test_recovery_can_be_cut_off_and_repeated(tmp_path: Path, monkeypatch: pytes
     assert not commit.recover(final)
 
 
+def test_the_next_save_finishes_the_last_one_first(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    write(final, {"a": "old", "gone": "old"})
+    pending = final / layout.COMMIT_NAME
+    write(pending, {"out/a": "new", "out/b": "new", layout.JOURNAL_NAME: '{"folder": "out", "remove": ["gone"]}'})
+    with commit.staged(final, ONE) as staging:
+        write(staging, {"a": "newer"})
+    assert files(final) == {"a": "newer", "b": "new"}
+
+
 def _raise_killed(*_: object, **__: object) -> None:
     raise Killed
 

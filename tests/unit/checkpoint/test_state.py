@@ -427,6 +427,15 @@ def test_a_rank_that_was_not_there_keeps_its_state_and_says_so(tmp_path: Path) -
         train_state.load_random_state(tmp_path / "c", 3, 8, Run().runtime.hardware, strict=True)
 
 
+def test_a_state_does_not_depend_on_its_file_once_read(tmp_path: Path) -> None:
+    train_state.write_state(tmp_path, "s", {"x": torch.ones(1000)})
+    state = train_state.read_state(tmp_path, "s")
+    with (tmp_path / "s.safetensors").open("r+b") as file:
+        file.seek(-2000, os.SEEK_END)
+        file.write(bytes(2000))
+    assert state["x"].eq(1).all()
+
+
 # Folders of Accelerate 1.x
 
 

@@ -45,7 +45,9 @@ def test_debug_launcher_starts_gloo_workers_on_the_cpu(tmp_path):
     assert read(tmp_path) == {str(rank): "[0, 1, 2] gloo cpu:0 no true 1 3" for rank in range(3)}
 
 
-def test_notebook_launcher_gives_two_workers_on_a_machine_without_devices_and_the_precision_asked_for(tmp_path, monkeypatch):
+def test_notebook_launcher_gives_two_workers_on_a_machine_without_devices_and_the_precision_asked_for(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
     assert notebook_launcher(note, (tmp_path,), num_processes=2, mixed_precision="bf16") is None

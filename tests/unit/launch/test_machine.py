@@ -34,6 +34,37 @@ def test_the_build_of_torch_is_read_without_importing_it():
     assert build["cuda"] == torch.version.cuda
 
 
+@pytest.mark.parametrize(("status", "expected"), [(0, 3), (999, 0)])
+def test_the_driver_is_asked_through_its_management_library(monkeypatch, status, expected):
+    class Library:
+        """A driver with three devices, or one that answers every question with an error."""
+
+        def __init__(self, name: str) -> None:
+            assert name == "libnvidia-ml.so.1"
+
+        nvmlInit_v2 = staticmethod(lambda: 0)
+        nvmlShutdown = staticmethod(lambda: 0)
+
+        @staticmethod
+        def nvmlDeviceGetCount_v2(reference) -> int:
+            reference._obj.value = 3
+            return status
+
+    monkeypatch.setattr(devices.ctypes, "CDLL", Library)
+    assert devices.nvidia_count() == expected
+    monkeypatch.setattr(devices, "torch_build", lambda: {"cuda": "13.0", "hip": None})
+    found = devices.find({"CUDA_VISIBLE_DEVICES": "0,1"})
+    assert found == devices.Devices(min(expected, 2), "cuda", "CUDA_VISIBLE_DEVICES")
+
+
+def test_a_build_for_other_devices_is_asked_through_torch(monkeypatch):
+    asked = devices.Devices(2, "xpu", "ZE_AFFINITY_MASK")
+    monkeypatch.setattr(devices, "_ask_torch", lambda: asked)
+    for build in ({"cuda": None, "xpu": "2025"}, {"cuda": "6", "hip": None, "mps": "yes"}, {}):
+        monkeypatch.setattr(devices, "torch_build", lambda build=build: build)
+        assert (devices.find({}) == asked) == (not build.get("cuda"))
+
+
 def test_the_count_agrees_with_torch():
     assert devices.find({}).count == torch.accelerator.device_count() or not torch.accelerator.is_available()
 

@@ -161,7 +161,12 @@ def test_plans_on_two_machines(rank, backend, options):
         "nodes": 2,
         "processes_per_node": 4,
         **({"node_rank": rank} if rank else {}),
-        "rendezvous": {"backend": backend, "endpoint": "10.0.0.1:29500", "options": options, "local_address": None},
+        "rendezvous": {
+            "backend": backend,
+            "endpoint": "10.0.0.1:29500",
+            "options": options,
+            "local_address": "10.0.0.1" if (backend, rank) == ("c10d", 0) else None,
+        },
     }
 
 
@@ -176,7 +181,9 @@ def test_num_processes_counts_all_machines():
 def test_a_taken_port_on_the_first_of_several_machines_is_an_error():
     flags = {"num_machines": 2, "main_process_ip": "a", "main_process_port": 4000}
 
-    with pytest.raises(LaunchError, match=r"main_process_port=4000 \(from --main_process_port\) is taken on this machine"):
+    with pytest.raises(
+        LaunchError, match=r"main_process_port=4000 \(from --main_process_port\) is taken on this machine"
+    ):
         planned(flags, port_is_taken=True)
 
 

@@ -42,7 +42,9 @@ def test_a_flag_beats_a_variable_beats_the_file(tmp_path):
 
 
 def test_a_section_of_the_file_is_read_key_by_key_and_flags_win_inside_it(tmp_path):
-    file = written(tmp_path, "distributed_type: 'NO'\ndynamo_config:\n  dynamo_backend: INDUCTOR\n  dynamo_mode: default\n")
+    file = written(
+        tmp_path, "distributed_type: 'NO'\ndynamo_config:\n  dynamo_backend: INDUCTOR\n  dynamo_mode: default\n"
+    )
 
     request = merged({"dynamo_mode": "reduce-overhead"}, file)
 
@@ -70,20 +72,35 @@ def test_gpu_ids(ids, expected):
     ("flags", "expected"),
     [
         ({"cpu": True, "multi_gpu": True}, "cpu=True (from --cpu) contradicts multi_gpu=True (from --multi_gpu)"),
-        ({"multi_gpu": True, "num_processes": 1}, "multi_gpu=True (from --multi_gpu) contradicts num_processes=1 (from"),
-        ({"module": True, "no_python": True}, "module=True (from --module) contradicts no_python=True (from --no_python)"),
+        (
+            {"multi_gpu": True, "num_processes": 1},
+            "multi_gpu=True (from --multi_gpu) contradicts num_processes=1 (from",
+        ),
+        (
+            {"module": True, "no_python": True},
+            "module=True (from --module) contradicts no_python=True (from --no_python)",
+        ),
         ({"num_machines": 2}, "num_machines=2 (from --num_machines) needs the address of the first machine"),
         ({"machine_rank": 1}, "machine_rank=1 (from --machine_rank) contradicts num_machines=1 (the default)"),
         ({"gpu_ids": "0", "num_processes": 2}, "gpu_ids=0 (from --gpu_ids) contradicts num_processes=2 (from"),
-        ({"gpu_ids": "0", "multi_gpu": True}, "gpu_ids=0 (from --gpu_ids) contradicts multi_gpu=True (from --multi_gpu)"),
+        (
+            {"gpu_ids": "0", "multi_gpu": True},
+            "gpu_ids=0 (from --gpu_ids) contradicts multi_gpu=True (from --multi_gpu)",
+        ),
         ({"gpu_ids": "0", "cpu": True}, "gpu_ids=0 (from --gpu_ids) contradicts cpu=True (from --cpu)"),
-        ({"num_processes": 3, "num_machines": 2, "main_process_ip": "a"}, "num_processes=3 (from --num_processes) contr"),
+        (
+            {"num_processes": 3, "num_machines": 2, "main_process_ip": "a"},
+            "num_processes=3 (from --num_processes) contr",
+        ),
         ({"main_process_port": 0, "num_machines": 2, "main_process_ip": "a"}, "main_process_port=0 (from"),
         ({"mixed_precision": "fp32"}, "mixed_precision=fp32 (from --mixed_precision) is not known."),
         ({"dynamo_backend": "fast"}, "dynamo_backend=fast (from --dynamo_backend) is not known."),
         ({"num_processes": 0}, "num_processes=0 (from --num_processes) is out of range."),
         ({"main_process_port": 70000}, "main_process_port=70000 (from --main_process_port) is out of range."),
-        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps=0 (from --gradient_accumulation_steps) is out"),
+        (
+            {"gradient_accumulation_steps": 0},
+            "gradient_accumulation_steps=0 (from --gradient_accumulation_steps) is out",
+        ),
         ({"rdzv_conf": "timeout"}, "rdzv_conf='timeout' cannot be read at 'timeout' (from --rdzv_conf)."),
     ],
 )
@@ -110,19 +127,29 @@ def test_a_contradiction_inside_the_file_names_both_lines(tmp_path):
     with pytest.raises(ValueError) as caught:
         merged({}, file)
 
-    assert f"(num_processes in {file}, line 2) contradicts distributed_type=NO (distributed_type in {file}, line 1)" in str(
-        caught.value
+    assert (
+        f"(num_processes in {file}, line 2) contradicts distributed_type=NO (distributed_type in {file}, line 1)"
+        in str(caught.value)
     )
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("distributed_type: FSDP\n", "distributed_type=FSDP (distributed_type in {file}, line 1) needs the FSDP engine"),
+        (
+            "distributed_type: FSDP\n",
+            "distributed_type=FSDP (distributed_type in {file}, line 1) needs the FSDP engine",
+        ),
         ("distributed_type: DEEPSPEED\n", "needs the DeepSpeed engine"),
         ("distributed_type: XLA\n", "needs the XLA engine"),
-        ("distributed_type: MULTI_GPU\nfsdp_config:\n  fsdp_version: 2\n", "fsdp_config (fsdp_config in {file}, line 2)"),
-        ("distributed_type: 'NO'\nfp8_config:\n  backend: TE\n", "fp8_config (fp8_config in {file}, line 2) needs an fp8"),
+        (
+            "distributed_type: MULTI_GPU\nfsdp_config:\n  fsdp_version: 2\n",
+            "fsdp_config (fsdp_config in {file}, line 2)",
+        ),
+        (
+            "distributed_type: 'NO'\nfp8_config:\n  backend: TE\n",
+            "fp8_config (fp8_config in {file}, line 2) needs an fp8",
+        ),
         ("distributed_type: 'NO'\nmain_training_function: run\n", "main_training_function='run'"),
     ],
 )

@@ -25,13 +25,9 @@ def get_config_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     if subparsers is not None:
         parser = subparsers.add_parser("config", description=description)
     else:
-        parser = argparse.ArgumentParser(
-            "accelerate config", description=description, allow_abbrev=False
-        )
+        parser = argparse.ArgumentParser("accelerate config", description=description, allow_abbrev=False)
     parser.set_defaults(func=_ask)
-    default_command_parser(
-        parser.add_subparsers(title="subcommands", metavar="default"), []
-    )
+    default_command_parser(parser.add_subparsers(title="subcommands", metavar="default"), [])
     return parser
 
 

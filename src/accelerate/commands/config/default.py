@@ -18,9 +18,7 @@ description = "Write a configuration file that fits this machine."
 PRECISIONS = ("no", "fp16", "bf16")
 
 
-def write_basic_config(
-    mixed_precision: str = "no", save_location: str = default_json_config_file
-) -> Path | bool:
+def write_basic_config(mixed_precision: str = "no", save_location: str = default_json_config_file) -> Path | bool:
     """Write a configuration that uses all devices of this machine.
 
     An existing file is never overwritten.
@@ -37,9 +35,7 @@ def write_basic_config(
     """
     path = Path(save_location).expanduser()
     if path.exists():
-        print(
-            f"{path} exists already and is not overwritten. Remove it, or name another file with --config_file."
-        )
+        print(f"{path} exists already and is not overwritten. Remove it, or name another file with --config_file.")
         return False
     precision = mixed_precision.lower()
     if precision not in (*PRECISIONS, "fp8"):
@@ -75,17 +71,9 @@ def _label(found: devices.Devices) -> DistributedType:
     return named(found.name).label
 
 
-def default_command_parser(
-    parser: Any, parents: list[argparse.ArgumentParser]
-) -> argparse.ArgumentParser:
+def default_command_parser(parser: Any, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Add the sub-command `default` to the sub-parsers `parser`."""
-    added = parser.add_parser(
-        "default",
-        parents=parents,
-        help=description,
-        description=description,
-        allow_abbrev=False,
-    )
+    added = parser.add_parser("default", parents=parents, help=description, description=description, allow_abbrev=False)
     added.add_argument(
         "--config_file",
         "--config-file",

@@ -26,9 +26,7 @@ class GradientAccumulationPlugin(KwargsHandler):
     """Reduce gradients over processes after every batch: more communication, less memory under sharding."""
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and (
-            not isinstance(self.num_steps, int) or self.num_steps < 1
-        ):
+        if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
             raise SettingError(
                 explain(
                     f"GradientAccumulationPlugin(num_steps={self.num_steps!r}) is not a number of batches.",

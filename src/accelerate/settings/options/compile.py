@@ -41,19 +41,11 @@ class TorchDynamoPlugin(KwargsHandler):
     """Compile the repeated blocks of a model once, in place of the whole model."""
 
     def __post_init__(self) -> None:
-        backend = (
-            self.backend
-            if self.backend is not None
-            else env.get("ACCELERATE_DYNAMO_BACKEND", "no")
-        )
+        backend = self.backend if self.backend is not None else env.get("ACCELERATE_DYNAMO_BACKEND", "no")
         try:
             self.backend = DynamoBackend(str(backend).upper())
         except ValueError:
-            origin = (
-                "from TorchDynamoPlugin"
-                if self.backend is not None
-                else "from ACCELERATE_DYNAMO_BACKEND"
-            )
+            origin = "from TorchDynamoPlugin" if self.backend is not None else "from ACCELERATE_DYNAMO_BACKEND"
             raise SettingError(
                 explain(
                     f"dynamo backend {backend!r} is not known ({origin}).",
@@ -66,13 +58,8 @@ class TorchDynamoPlugin(KwargsHandler):
         if self.fullgraph is None:
             self.fullgraph = env.parse_flag_from_env("ACCELERATE_DYNAMO_USE_FULLGRAPH")
         if self.use_regional_compilation is None:
-            self.use_regional_compilation = env.parse_flag_from_env(
-                "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"
-            )
-        if (
-            self.dynamic is None
-            and (text := env.get("ACCELERATE_DYNAMO_USE_DYNAMIC")) is not None
-        ):
+            self.use_regional_compilation = env.parse_flag_from_env("ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION")
+        if self.dynamic is None and (text := env.get("ACCELERATE_DYNAMO_USE_DYNAMIC")) is not None:
             self.dynamic = bool(str_to_bool(text))
 
     def to_dict(self) -> dict[str, Any]:

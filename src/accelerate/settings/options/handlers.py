@@ -72,11 +72,7 @@ class DistributedDataParallelKwargs(KwargsHandler):
         ),
     ) -> dict[str, Any]:
         """Return the fields torch's constructor takes."""
-        return {
-            key: value
-            for key, value in super().to_dict().items()
-            if key not in ignore_keys
-        }
+        return {key: value for key, value in super().to_dict().items() if key not in ignore_keys}
 
     def register_comm_hook(self, model: Any) -> None:
         """Register `comm_hook` on a `DistributedDataParallel` model; does nothing for `NO`."""
@@ -197,10 +193,7 @@ class ProfileKwargs(KwargsHandler):
 
         activities = None
         if self.activities is not None:
-            known = {
-                name.lower(): kind
-                for name, kind in torch.profiler.ProfilerActivity.__members__.items()
-            }
+            known = {name.lower(): kind for name, kind in torch.profiler.ProfilerActivity.__members__.items()}
             unknown = [name for name in self.activities if name not in known]
             if unknown:
                 raise SettingError(
@@ -210,11 +203,7 @@ class ProfileKwargs(KwargsHandler):
                     )
                 )
             activities = [known[name] for name in self.activities]
-        schedule = (
-            None
-            if self.schedule_option is None
-            else torch.profiler.schedule(**self.schedule_option)
-        )
+        schedule = None if self.schedule_option is None else torch.profiler.schedule(**self.schedule_option)
         return torch.profiler.profile(
             activities=activities,
             schedule=schedule,

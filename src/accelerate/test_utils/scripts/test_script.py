@@ -31,84 +31,43 @@ def require(condition: object, what: str) -> None:
 def main() -> None:
     """Run all checks. Called on all ranks."""
     accelerator = Accelerator()
-    accelerator.print(
-        f"Processes: {accelerator.num_processes}, {accelerator.distributed_type} on {accelerator.device}"
-    )
-    checks = (
-        check_state,
-        check_collectives,
-        check_processes,
-        check_loaders,
-        check_training,
-        check_accumulation,
-    )
+    accelerator.print(f"Processes: {accelerator.num_processes}, {accelerator.distributed_type} on {accelerator.device}")
+    checks = (check_state, check_collectives, check_processes, check_loaders, check_training, check_accumulation)
     for check in checks:
         check(accelerator)
         accelerator.wait_for_everyone()
         accelerator.print(f"  passed: {check.__name__.removeprefix('check_')}")
-    accelerator.print(
-        f"All {len(checks)} checks passed on {accelerator.num_processes} process(es)."
-    )
+    accelerator.print(f"All {len(checks)} checks passed on {accelerator.num_processes} process(es).")
     accelerator.end_training()
 
 
 def check_state(accelerator: Accelerator) -> None:
     """Every process has a rank of its own, and exactly one is the main one."""
-    ranks = accelerator.gather(
-        torch.tensor([accelerator.process_index], device=accelerator.device)
-    )
-    require(
-        sorted(ranks.tolist()) == list(range(accelerator.num_processes)),
-        f"the ranks are {ranks.tolist()}",
-    )
-    mains = accelerator.gather(
-        torch.tensor([int(accelerator.is_main_process)], device=accelerator.device)
-    )
-    require(
-        mains.sum() == 1,
-        f"{int(mains.sum())} processes take themselves for the main one",
-    )
+    ranks = accelerator.gather(torch.tensor([accelerator.process_index], device=accelerator.device))
+    require(sorted(ranks.tolist()) == list(range(accelerator.num_processes)), f"the ranks are {ranks.tolist()}")
+    mains = accelerator.gather(torch.tensor([int(accelerator.is_main_process)], device=accelerator.device))
+    require(mains.sum() == 1, f"{int(mains.sum())} processes take themselves for the main one")
 
 
 def check_collectives(accelerator: Accelerator) -> None:
     """What one process sends is what the others receive."""
-    rank, count, device = (
-        accelerator.process_index,
-        accelerator.num_processes,
-        accelerator.device,
-    )
+    rank, count, device = (accelerator.process_index, accelerator.num_processes, accelerator.device)
     mine = torch.full((2,), float(rank), device=device)
     expected = torch.arange(count, device=device).repeat_interleave(2).float()
+    require(torch.equal(accelerator.gather(mine), expected), "gather mixes up the ranks")
     require(
-        torch.equal(accelerator.gather(mine), expected), "gather mixes up the ranks"
+        torch.equal(accelerator.reduce(mine, "sum"), torch.full_like(mine, sum(range(count)))), "reduce sums wrongly"
     )
-    require(
-        torch.equal(
-            accelerator.reduce(mine, "sum"), torch.full_like(mine, sum(range(count)))
-        ),
-        "reduce sums wrongly",
-    )
-    require(
-        torch.equal(broadcast(mine.clone(), 0), torch.zeros_like(mine)),
-        "broadcast does not send rank 0's tensor",
-    )
+    require(torch.equal(broadcast(mine.clone(), 0), torch.zeros_like(mine)), "broadcast does not send rank 0's tensor")
     padded = accelerator.pad_across_processes(torch.ones(rank + 1, device=device))
-    require(
-        padded.shape == (count,) and padded.sum() == rank + 1,
-        "pad_across_processes pads wrongly",
-    )
+    require(padded.shape == (count,) and padded.sum() == rank + 1, "pad_across_processes pads wrongly")
 
 
 def check_processes(accelerator: Accelerator) -> None:
     """Work that is split between processes is done once."""
-    with accelerator.split_between_processes(
-        list(range(2 * accelerator.num_processes))
-    ) as share:
+    with accelerator.split_between_processes(list(range(2 * accelerator.num_processes))) as share:
         values = accelerator.gather(torch.tensor(share, device=accelerator.device))
-    require(
-        values.tolist() == list(range(2 * accelerator.num_processes)),
-        "split_between_processes loses work",
-    )
+    require(values.tolist() == list(range(2 * accelerator.num_processes)), "split_between_processes loses work")
 
 
 def check_loaders(accelerator: Accelerator) -> None:
@@ -116,14 +75,8 @@ def check_loaders(accelerator: Accelerator) -> None:
     for samples in (SAMPLES, SAMPLES - 5):
         for shuffle in (False, True):
             numbers = TensorDataset(torch.arange(samples))
-            loader = accelerator.prepare(
-                DataLoader(numbers, batch_size=BATCH_SIZE, shuffle=shuffle)
-            )
-            seen = [
-                number
-                for (batch,) in loader
-                for number in accelerator.gather_for_metrics(batch).tolist()
-            ]
+            loader = accelerator.prepare(DataLoader(numbers, batch_size=BATCH_SIZE, shuffle=shuffle))
+            seen = [number for (batch,) in loader for number in accelerator.gather_for_metrics(batch).tolist()]
             require(
                 sorted(seen) == list(range(samples)),
                 f"{samples} samples (shuffle={shuffle}) are seen as {sorted(seen)}",
@@ -157,9 +110,7 @@ def _train_prepared(accelerator: Accelerator, batch_size: int) -> torch.Tensor:
     for _ in range(EPOCHS):
         for inputs, targets in loader:
             with accelerator.accumulate(model):
-                accelerator.backward(
-                    torch.nn.functional.mse_loss(model(inputs), targets)
-                )
+                accelerator.backward(torch.nn.functional.mse_loss(model(inputs), targets))
                 optimizer.step()
                 optimizer.zero_grad()
     found = _flat(accelerator.unwrap_model(model))
@@ -168,18 +119,12 @@ def _train_prepared(accelerator: Accelerator, batch_size: int) -> torch.Tensor:
 
 
 def _flat(model: torch.nn.Module) -> torch.Tensor:
-    return torch.cat(
-        [parameter.detach().float().cpu().flatten() for parameter in model.parameters()]
-    )
+    return torch.cat([parameter.detach().float().cpu().flatten() for parameter in model.parameters()])
 
 
 def check_training(accelerator: Accelerator) -> None:
     """Training on all processes gives the weights that plain torch gives with the same batches."""
-    _compare(
-        accelerator,
-        _train_prepared(accelerator, BATCH_SIZE),
-        BATCH_SIZE * _steps(accelerator),
-    )
+    _compare(accelerator, _train_prepared(accelerator, BATCH_SIZE), BATCH_SIZE * _steps(accelerator))
 
 
 def check_accumulation(accelerator: Accelerator) -> None:
@@ -187,20 +132,14 @@ def check_accumulation(accelerator: Accelerator) -> None:
     before = accelerator.gradient_accumulation_steps
     accelerator.gradient_accumulation_steps = 2 * before
     try:
-        _compare(
-            accelerator,
-            _train_prepared(accelerator, BATCH_SIZE // 2),
-            BATCH_SIZE * _steps(accelerator, before),
-        )
+        _compare(accelerator, _train_prepared(accelerator, BATCH_SIZE // 2), BATCH_SIZE * _steps(accelerator, before))
     finally:
         accelerator.gradient_accumulation_steps = before
 
 
 def _steps(accelerator: Accelerator, accumulated: int | None = None) -> int:
     """Return how many of a process's batches make one step of plain torch."""
-    return accelerator.num_processes * (
-        accumulated or accelerator.gradient_accumulation_steps
-    )
+    return accelerator.num_processes * (accumulated or accelerator.gradient_accumulation_steps)
 
 
 def _compare(accelerator: Accelerator, found: torch.Tensor, batch_size: int) -> None:
@@ -208,16 +147,9 @@ def _compare(accelerator: Accelerator, found: torch.Tensor, batch_size: int) -> 
     # In half precision the weights agree to the digits that it has.
     tolerance = 1e-5 if accelerator.mixed_precision == "no" else 5e-2
     difference = float((found - expected).abs().max())
-    require(
-        difference <= tolerance, f"weights differ from plain torch by {difference:g}"
-    )
-    alike = accelerator.gather(found.to(accelerator.device)).view(
-        accelerator.num_processes, -1
-    )
-    require(
-        torch.equal(alike, alike[:1].expand_as(alike)),
-        "the processes ended with different weights",
-    )
+    require(difference <= tolerance, f"weights differ from plain torch by {difference:g}")
+    alike = accelerator.gather(found.to(accelerator.device)).view(accelerator.num_processes, -1)
+    require(torch.equal(alike, alike[:1].expand_as(alike)), "the processes ended with different weights")
 
 
 if __name__ == "__main__":
