@@ -10,6 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+_NOT_OURS = {
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",  # torch sets it when its compiler is first loaded
+}
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     devices = torch.cuda.device_count()
@@ -35,8 +40,10 @@ def no_leaks() -> Iterator[None]:
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
-    torch.use_deterministic_algorithms(False)
-    left = {k: v for k, v in os.environ.items() if environment.get(k) != v and k != "PYTEST_CURRENT_TEST"}
+    if torch.are_deterministic_algorithms_enabled():  # asked first: switching loads torch's compiler
+        if torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(False)
+    left = {k: v for k, v in os.environ.items() if environment.get(k) != v and k not in _NOT_OURS}
     os.environ.clear()
     os.environ.update(environment)
     assert not left, f"the test left variables in the environment: {left}"

@@ -728,12 +728,13 @@ class Accelerator:
         Args:
             input_dir: The folder; with automatic naming `None` takes the newest complete one.
             load_kwargs: Keywords for `load_state_dict` of models, as are the following.
-            **load_model_func_kwargs: Such as `strict=False`.
+            **load_model_func_kwargs: Such as `strict=False`, which also lets other missing parts pass with a warning.
 
         Raises:
             CheckpointError: If something is missing, incomplete or does not fit.
         """
         session = self._session
+        keywords = {**(load_kwargs or {}), **load_model_func_kwargs}
         loaded = session_load.load_state(
             folder=input_dir,
             project=self.project_configuration,
@@ -745,7 +746,8 @@ class Accelerator:
             custom_objects=session.custom_objects,
             runtime=self.state._runtime,
             pre_hooks=list(session.load_hooks.values()),
-            load_model_kwargs={**(load_kwargs or {}), **load_model_func_kwargs},
+            strict=keywords.get("strict", True),
+            load_model_kwargs=keywords,
         )
         self.step = loaded.step
 

@@ -152,3 +152,27 @@ def test_env_describes_the_file_that_is_named(hub, tmp_path):
 
     assert "- `Accelerate` config passed:\n\t- compute_environment: LOCAL_MACHINE\n" in done.stdout
     assert "\t- mixed_precision: bf16\n" in done.stdout
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_self_test_passes_here(hub, tmp_path, monkeypatch, processes):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    file = tmp_path / "c.yaml"
+    file.write_text(f"distributed_type: MULTI_CPU\nnum_processes: {processes}\n")
+
+    done = accelerate("test", "--config_file", str(file))
+
+    assert done.returncode == 0, done.stderr
+    assert f"All 6 checks passed on {processes} process(es)." in done.stdout
+    assert done.stdout.splitlines()[-1] == "Test is a success! This machine is ready for training."
+
+
+def test_the_self_test_can_fail(monkeypatch):
+    from accelerate import Accelerator
+    from accelerate.test_utils.scripts import test_script
+
+    accelerator = Accelerator(cpu=True)
+    monkeypatch.setattr(test_script, "_train_plainly", lambda samples, batch_size: test_script.torch.zeros(4))
+
+    with pytest.raises(test_script.SelfTestError, match="weights differ from plain torch by"):
+        test_script.check_training(accelerator)

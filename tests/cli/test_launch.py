@@ -120,6 +120,12 @@ def test_flags_reach_the_environment_in_either_spelling(place):
     assert found["ACCELERATE_USE_CPU"] == "true"
 
 
+def test_the_command_is_a_module_too(place):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "show.py", "x"]
+
+    assert json.loads(subprocess.check_output(command, text=True))["argv"] == ["show.py", "x"]
+
+
 def test_a_module_and_a_program(place):
     (place / "package").mkdir()
     (place / "package" / "__main__.py").write_text(SHOW)

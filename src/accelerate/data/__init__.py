@@ -1,0 +1,1 @@
+"""Which samples each rank reads: samplers, prepared loaders, the dispatcher."""

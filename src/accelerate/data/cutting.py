@@ -20,6 +20,8 @@ from ..core.tree import honor_type, is_namedtuple, rebuild_mapping, tree_leaves
 
 def count_rows(batch: Any) -> int | None:
     """Return the size of the first tensor with rows; `None` if there is none."""
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[0] if batch.dim() else None
     for leaf in tree_leaves(batch):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
             return leaf.shape[0]
@@ -92,7 +94,9 @@ class Cutter:
                     remedy="Return tensors from collate_fn, or pass dispatch_batches=False.",
                 )
             )
-        if self.slice_fn is None:  # the user's own slicing knows what to do with the others
+        if self.slice_fn is None and not isinstance(
+            batch, torch.Tensor
+        ):  # the user's own slicing knows what to do with the others
             _check_same_rows(batch, rows)
         return rows
 

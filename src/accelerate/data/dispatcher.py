@@ -95,6 +95,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         self.iteration = iteration
         self._drop_last = _drop_last
         self._non_blocking = _non_blocking
+        self._scratch: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @property
     def state(self) -> PartialState:
@@ -212,12 +213,20 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
     ) -> torch.Tensor:
         """Scatter one step; return what rank 0 got. With `keep` it has its piece already and sends itself nothing."""
         device = runtime.device
-        size = max(layout.num_bytes for layout in step.layouts)
-        wanted = set(shard_of[1:] if keep else shard_of)
-        packed = {shard: pack(header, step.tensors[shard], size, device) for shard in wanted}
-        messages = [packed[shard] for shard in shard_of[1:]]
-        own = allocate(size, device) if keep else packed[shard_of[0]]
-        return runtime.collectives.scatter(allocate(size, device), [own, *messages])
+        size = max([layout.num_bytes for layout in step.layouts])
+        if keep:
+            if self._scratch is None or self._scratch[0].numel() != size:
+                self._scratch = allocate(size, device), allocate(size, device)
+            own, output = self._scratch
+        else:
+            own, output = pack(header, step.tensors[shard_of[0]], size, device), allocate(size, device)
+        packed: dict[int, torch.Tensor] = {}
+        messages = [own]
+        for shard in shard_of[1:]:
+            if shard not in packed:
+                packed[shard] = pack(header, step.tensors[shard], size, device)
+            messages.append(packed[shard])
+        return runtime.collectives.scatter(output, messages)
 
     def _receive(self, runtime: Runtime) -> Iterator[tuple[Any, int, int]]:
         """Every other rank. See [Note: the protocol]."""
@@ -262,7 +271,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         while group := list(islice(batches, 1 if self.split_batches else count)):
             cutter.remember_opening(group)
             number += 1
-            if number <= skipped or (self._drop_last and not self.split_batches and len(group) < count):
+            if number <= 0 or (self._drop_last and not self.split_batches and len(group) < count):
                 continue
             pieces, observed = cutter.cut(group)
             if pieces:

@@ -75,17 +75,7 @@ def prepare_data_loader(
     """
     if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
         return dataloader
-    iterable = isinstance(dataloader.dataset, IterableDataset)
-    if dispatch_batches is None:
-        dispatch_batches = iterable and put_on_device
-    if dispatch_batches and not put_on_device:
-        raise UnsupportedCombination(
-            explain(
-                "dispatch_batches=True needs put_on_device=True, which is False: slices are sent from device to device.",
-                accepted="dispatch_batches=True with put_on_device=True, or dispatch_batches=False",
-                remedy="Pass device_placement=True to Accelerator or prepare, or dispatch_batches=False.",
-            )
-        )
+    dispatch = _chooses_dispatch(dataloader, dispatch_batches, put_on_device)
     index, count = _data_shard(num_processes, process_index, torch_device_mesh)
     if use_seedable_sampler:
         _make_seedable(dataloader, data_seed)
@@ -95,7 +85,7 @@ def prepare_data_loader(
         "_non_blocking": non_blocking,
         "torch_device_mesh": torch_device_mesh,
     }
-    if dispatch_batches:
+    if dispatch:
         if split_batches:
             ShardPlan(count=count, batch_size=_batch_size(dataloader), split=True).check()
         return DataLoaderDispatcher(
@@ -116,6 +106,20 @@ def prepare_data_loader(
         **common,
         **_sharded_arguments(dataloader, index, count, split_batches, even_batches),
     )
+
+
+def _chooses_dispatch(dataloader: DataLoader[Any], dispatch_batches: bool | None, put_on_device: bool) -> bool:
+    if dispatch_batches is None:
+        return put_on_device and isinstance(dataloader.dataset, IterableDataset)
+    if dispatch_batches and not put_on_device:
+        raise UnsupportedCombination(
+            explain(
+                "dispatch_batches=True needs put_on_device=True, which is False: slices are sent from device to device.",
+                accepted="dispatch_batches=True with put_on_device=True, or dispatch_batches=False",
+                remedy="Pass device_placement=True to Accelerator or prepare, or dispatch_batches=False.",
+            )
+        )
+    return dispatch_batches
 
 
 def get_sampler(dataloader: DataLoader[Any]) -> Any:

@@ -103,7 +103,7 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
         _left_to_reading(arguments, num_batches)
         skipping = DataLoader(**arguments)
     if hasattr(dataloader, "_is_accelerate_prepared"):
-        skipping._is_accelerate_prepared = dataloader._is_accelerate_prepared  # pyright: ignore
+        skipping._is_accelerate_prepared = dataloader._is_accelerate_prepared  # pyright: ignore[reportAttributeAccessIssue]
     return skipping
 
 

@@ -123,7 +123,7 @@ class BatchSamplerShard(BatchSampler):
         return self._plan().length(self.total_length, num_samples_of(self.batch_sampler))
 
     def __iter__(self) -> Iterator[list[int]]:
-        plan, source = self._plan(), cast(Any, self.batch_sampler)
+        plan, source = self._plan(), cast("Any", self.batch_sampler)
         if type(source) is not BatchSampler or (
             source.batch_size,
             source.drop_last,
@@ -135,7 +135,7 @@ class BatchSamplerShard(BatchSampler):
             RandomSampler,
             SeedableRandomSampler,
         ) and is_permutation(source.sampler):
-            return _shuffled_batches(plan, cast(RandomSampler, source.sampler))
+            return _shuffled_batches(plan, cast("RandomSampler", source.sampler))
         return plan.walk(source)
 
 

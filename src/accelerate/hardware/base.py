@@ -83,12 +83,13 @@ class Hardware:
         self._call("empty_cache")
 
     def get_rng_state(self) -> Any:
-        """Return the states of the family's generators, one for each visible device."""
-        return self._call("get_rng_state_all")
+        """Return the states of the family's generators, one for each visible device; of the current, if it has one."""
+        found = self._call("get_rng_state_all")
+        return self._call("get_rng_state") if found is None else found
 
     def set_rng_state(self, state: Any) -> None:
         """Restore what `get_rng_state` returned."""
-        self._call("set_rng_state_all", state)
+        self._call("set_rng_state" if isinstance(state, torch.Tensor) else "set_rng_state_all", state)
 
     def get_generator_state(self) -> torch.Tensor:
         """Return the state of the current device's generator."""

@@ -1,0 +1,273 @@
+"""Prepared loaders on one process: flags, epochs, attributes, skipping, saving a place."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, SubsetRandomSampler
+
+from accelerate.core import available
+from accelerate.core.errors import MissingPackage, SettingError, UnsupportedCombination
+from accelerate.data.dispatcher import DataLoaderDispatcher
+from accelerate.data.loader import DataLoaderAdapter, DataLoaderShard, placement
+from accelerate.data.prepare import get_sampler, prepare_data_loader
+from accelerate.data.resume import SkipDataLoader, skip_first_batches
+from accelerate.data.samplers import SeedableRandomSampler, SkipBatchSampler
+from accelerate.runtime.accumulation import GradientState
+from tests.support.data_tables import Counting, SizedCounting
+
+
+def prepare(loader, **options):
+    return prepare_data_loader(loader, **{"device": "cpu", "put_on_device": True, "rng_types": ["generator"]} | options)
+
+
+def numbers(loader):
+    return [batch.tolist() for batch in loader]
+
+
+def watched(loader):
+    state = GradientState()
+    return [(state.end_of_dataloader, state.remainder) for _ in loader]
+
+
+def test_one_process_reads_what_the_plain_loader_reads():
+    for make in (
+        lambda: DataLoader(range(10), batch_size=3, shuffle=True),
+        lambda: DataLoader(range(10), batch_size=3, shuffle=True, generator=torch.Generator().manual_seed(2)),
+        lambda: DataLoader(range(10), batch_size=4, drop_last=True),
+        lambda: DataLoader(Counting(10), batch_size=4),
+        lambda: DataLoader(range(3), batch_size=None),
+        lambda: DataLoader(torch.arange(6), batch_size=None, sampler=BatchSampler(range(6), 4, False)),
+    ):
+        torch.manual_seed(0)
+        plain = make()
+        expected = [list(map(torch.as_tensor, plain)) for _ in range(2)]
+        torch.manual_seed(0)
+        loader = prepare(make())
+        got = [list(map(torch.as_tensor, loader)) for _ in range(2)]
+        assert str(got) == str(expected)
+
+
+def test_flags_are_true_on_the_last_batch_only():
+    state = GradientState()
+    loader = prepare(DataLoader(range(10), batch_size=4))
+    assert watched(loader) == watched(loader) == [(False, 2), (False, 2), (True, 2)]
+    assert (state.end_of_dataloader, state.remainder, state.in_dataloader) == (False, -1, False)
+    assert watched(prepare(DataLoader(range(10), batch_size=4, drop_last=True))) == [(False, -1), (True, -1)]
+    assert watched(prepare(DataLoader(range(8), batch_size=4))) == [(False, 0), (True, 0)]
+    assert watched(prepare(DataLoader(Counting(6), batch_size=4), dispatch_batches=False)) == [(False, -1), (True, -1)]
+    assert watched(prepare(DataLoader(Counting(6), batch_size=4))) == [(False, -1), (True, 2)]
+    assert watched(skip_first_batches(loader, 2)) == [(True, 2)]
+
+
+def test_remainder_counts_what_the_sampler_draws():
+    loader = prepare(DataLoader(range(100), batch_size=4, sampler=SubsetRandomSampler(range(5))))
+    assert watched(loader) == [(False, 1), (True, 1)]
+
+
+def test_nested_loaders_and_breaking_out():
+    state = GradientState()
+    outer, inner = prepare(DataLoader(range(2))), prepare(DataLoader(range(1)))
+    seen = []
+    for _ in outer:
+        seen.append(state.end_of_dataloader)
+        for _ in inner:
+            seen.append(state.end_of_dataloader)
+        seen.append(state.end_of_dataloader)
+    assert seen == [False, True, False, True, True, True]
+    for _ in range(3):
+        for _ in outer:
+            break
+        gc.collect()
+        assert state.in_dataloader
+    assert len(state.dataloader_references) == 2  # each pass that is broken off is forgotten when the next begins
+    assert numbers(outer) == [[0], [1]]
+    assert not state.in_dataloader
+
+
+def test_an_error_while_reading_ends_the_pass():
+    def refuse(samples):
+        raise OSError("unreadable")
+
+    loader = prepare(DataLoader(range(3), collate_fn=refuse))
+    with pytest.raises(OSError, match="unreadable"):
+        list(loader)
+    assert not GradientState().in_dataloader
+
+
+@pytest.mark.parametrize("dataset", [SizedCounting(0), Counting(0), []], ids=["sized", "unsized", "map"])
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_loaders_without_batches_yield_nothing(dataset, dispatch):
+    loader = prepare(DataLoader(dataset, batch_size=2), dispatch_batches=dispatch)
+    assert numbers(loader) == []
+    assert loader.iteration == 1
+    assert not GradientState().in_dataloader
+
+
+def test_epochs_reach_samplers_and_datasets():
+    class Told(Counting):
+        epochs: list[int] = []
+
+        def set_epoch(self, epoch):
+            self.epochs.append(epoch)
+
+    loader = prepare(DataLoader(Told(2)))
+    list(loader)
+    list(loader)
+    loader.set_epoch(7)
+    list(loader)
+    assert Told.epochs == [0, 1, 7, 7]
+    assert loader.iteration == 8
+    seedable = prepare(DataLoader(range(9), shuffle=True), use_seedable_sampler=True, data_seed=3)
+    assert isinstance(seedable.get_sampler(), SeedableRandomSampler)
+    first, second = numbers(seedable), numbers(seedable)
+    assert first != second
+    seedable.set_epoch(0)
+    assert numbers(seedable) == first
+
+
+def test_prepared_loader_stands_in_front_of_torchs():
+    dataset = list(range(10))
+    plain = DataLoader(dataset, batch_size=4, collate_fn=list)
+    loader = prepare(plain)
+    assert isinstance(loader, DataLoader)
+    assert loader.dataset is dataset
+    assert (loader.batch_size, loader.num_workers, loader.drop_last, len(loader)) == (None, 0, False, 3)
+    assert loader.collate_fn is list
+    assert loader.batch_sampler is plain.batch_sampler
+    assert loader.multiprocessing_context is None
+    assert (loader.total_batch_size, loader.total_dataset_length) == (4, 10)
+    assert isinstance(get_sampler(loader), SequentialSampler)
+    assert prepare(loader) is loader
+    loader.collate_fn = tuple  # written where it is read
+    assert next(iter(loader)) == (0, 1, 2, 3)
+    with pytest.raises(ValueError, match="batch_sampler attribute should not be set"):
+        loader.batch_sampler = None
+    loader.set_sampler([3, 1, 2])
+    assert list(loader) == [(3, 1, 2)]
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = loader.nonsense
+
+
+def test_sampler_that_takes_the_place_of_a_batch_sampler_can_be_replaced():
+    loader = prepare(DataLoader(torch.arange(6), batch_size=None, sampler=range(3)))
+    loader.set_sampler([5])
+    assert numbers(loader) == [5]
+
+
+def test_workers_are_kept_and_torch_is_asked_for_them_once():
+    loader = prepare(DataLoader(range(4), num_workers=1, persistent_workers=True, prefetch_factor=3))
+    assert (loader.num_workers, loader.prefetch_factor) == (1, 3)
+    assert numbers(loader) == numbers(loader) == [[0], [1], [2], [3]]
+
+
+def test_placement_is_decided_before_the_loop():
+    assert placement(None, False) is None
+    assert placement("cpu", False) is None
+    assert placement(torch.device("cpu", 0), True) is None
+    meta = DataLoaderShard(range(2), device="meta")
+    assert [batch.device.type for batch in meta] == ["meta", "meta"]
+
+
+def test_skipping():
+    plain = DataLoader(range(6), batch_size=2)
+    skipping = skip_first_batches(plain, 2)
+    assert type(skipping) is DataLoader
+    assert isinstance(skipping.batch_sampler, SkipBatchSampler)
+    assert numbers(skipping) == numbers(skipping) == [[4, 5]]
+    assert len(plain) == 3
+    loader = prepare(plain)
+    loader._is_accelerate_prepared = True
+    loader.set_epoch(5)
+    twice = skip_first_batches(skip_first_batches(loader, 1), 1)
+    assert isinstance(twice, DataLoaderShard)
+    assert (len(twice), numbers(twice), twice.iteration) == (1, [[4, 5]], 6)
+    assert twice._is_accelerate_prepared
+    assert twice.total_batch_size == 2
+    for dispatch, kind in ((False, DataLoaderShard), (True, DataLoaderDispatcher), (None, SkipDataLoader)):
+        source = DataLoader(SizedCounting(6), batch_size=2)
+        source = source if dispatch is None else prepare(source, dispatch_batches=dispatch)
+        skipping = skip_first_batches(skip_first_batches(source, 1), 1)
+        assert type(skipping) is kind
+        assert (len(skipping), numbers(skipping), numbers(skipping)) == (1, [[4, 5]], [[4, 5]])
+    with pytest.raises(SettingError, match="num_batches=-1"):
+        skip_first_batches(plain, -1)
+
+
+def test_dispatcher_on_one_process_applies_the_users_slicing():
+    def last_rows(batch, rows, process_index, num_processes):
+        assert (rows, process_index, num_processes) == (slice(0, len(batch)), 0, 1)
+        return batch[1:]
+
+    loader = prepare(DataLoader(Counting(5), batch_size=3), slice_fn_for_dispatch=last_rows)
+    assert numbers(loader) == [[1, 2], [4]]
+    assert loader.total_batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"dispatch_batches": True, "put_on_device": False}, UnsupportedCombination, "needs put_on_device=True"),
+        ({"split_batches": True, "num_processes": 2, "process_index": 0}, SettingError, "batch_size=3 .*divide by 2"),
+        ({"num_processes": 2, "process_index": 2}, SettingError, "process_index=2"),
+        ({"rng_types": ["generators"], "num_processes": 2, "process_index": 0}, SettingError, "'generators'"),
+    ],
+)
+def test_bad_arguments_are_explained(options, error, words):
+    with pytest.raises(error, match=f"(?s){words}"):
+        prepare(DataLoader(range(6), batch_size=3), **options)
+
+
+def test_total_batch_size_of_batches_without_a_size():
+    loader = prepare(DataLoader(range(3), batch_sampler=[[0], [1, 2]]))
+    assert watched(loader) == [(False, -1), (True, -1)]
+    with pytest.raises(SettingError, match="list .*has no batch_size"):
+        _ = loader.total_batch_size
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DataLoader(range(8), batch_size=2), lambda: DataLoader(Counting(8), batch_size=2)]
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stateful_loader_counts_only_what_the_loop_was_given(make, workers):
+    pytest.importorskip("torchdata")
+
+    def stateful():
+        loader = make()
+        loader.num_workers = workers
+        if workers:
+            loader.prefetch_factor = 2
+        return prepare(loader, use_stateful_dataloader=True)
+
+    loader = stateful()
+    before = loader.state_dict()
+    states = []
+    for batch in loader:
+        states.append((batch.tolist(), loader.state_dict()))
+    after = loader.state_dict()
+    whole = [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert [batch for batch, _ in states] == whole
+    for given, (_, saved) in enumerate(states, start=1):
+        again = stateful()
+        again.load_state_dict(saved)
+        assert again.state_dict() == saved
+        assert numbers(again) == whole[given:]
+        assert numbers(again) == whole
+    for saved in (before, after):
+        again = stateful()
+        again.load_state_dict(saved)
+        assert numbers(again) == whole
+
+
+def test_state_needs_torchdata(monkeypatch):
+    loader = prepare(DataLoader(range(2)))
+    for call in (loader.state_dict, lambda: loader.load_state_dict({})):
+        with pytest.raises(SettingError, match="use_stateful_dataloader=True"):
+            call()
+    monkeypatch.setattr(available.importlib.util, "find_spec", lambda name: None)
+    available.is_installed.cache_clear()
+    with pytest.raises(MissingPackage, match="pip install 'torchdata>=0.8'"):
+        DataLoaderAdapter(range(2), use_stateful_dataloader=True)
+    available.is_installed.cache_clear()
