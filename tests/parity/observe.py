@@ -46,10 +46,10 @@ from accelerate.utils import (
     listify,
     patch_environment,
     release_memory,
-    should_reduce_batch_size,
     slice_tensors,
     str_to_bool,
 )
+from accelerate.utils.memory import should_reduce_batch_size
 
 
 class Raised(tuple[str, ...]):
@@ -78,6 +78,11 @@ def environment(**variables: str) -> Any:
         AcceleratorState._reset_state(True)
         yield
     AcceleratorState._reset_state(True)
+
+
+def of_first(value: Any) -> Any:
+    """Return what rank 0 has, for rows that recorded only that."""
+    return broadcast_object_list([value])[0]
 
 
 def ones(*inputs: float) -> torch.Tensor:
@@ -471,7 +476,7 @@ def operations() -> dict[str, Any]:
     accelerator = fresh()
     rank, last = accelerator.process_index, accelerator.num_processes - 1
     mine = torch.tensor([rank + 1.0])
-    long = torch.ones(rank + 1) if rank == 0 else torch.tensor([1.0, 2.0])
+    row = torch.ones(rank + 1)
     return {
         "gather 1d": accelerator.gather(mine).tolist(),
         "gather 0d": accelerator.gather(torch.tensor(float(rank))).tolist(),
@@ -480,20 +485,20 @@ def operations() -> dict[str, Any]:
         "reduce mean": accelerator.reduce(mine, reduction="mean").tolist(),
         "reduce scale": accelerator.reduce(mine, scale=1.0 if last == 0 else 0.5).tolist(),
         "gather_object": gather_object([rank]),
-        "gather_object non-list": gather_object(rank if last else [rank]),
+        "gather_object non-list": list(gather_object((rank,))),
         "broadcast from 0": broadcast(mine).tolist(),
         "broadcast from last": broadcast(mine, from_process=last).tolist(),
         "broadcast_object_list": broadcast_object_list([rank, "x"]),
-        "pad dim0": accelerator.pad_across_processes(long).tolist()[: last + 1] if rank == 0 else [1.0, 0.0],
-        "pad first": accelerator.pad_across_processes(long, pad_index=-1, pad_first=True).tolist(),
-        "pad dim1": accelerator.pad_across_processes(long[None], dim=1).tolist(),
+        "pad dim0": of_first(accelerator.pad_across_processes(row).tolist()),
+        "pad first": of_first(accelerator.pad_across_processes(row, pad_index=-1, pad_first=True).tolist()),
+        "pad dim1": of_first(accelerator.pad_across_processes(row[None], dim=1).tolist()),
         "gather non tensor": (lambda got: repr(got) if isinstance(got, str) else got)(
             outcome(lambda: accelerator.gather("a"))
         ),
         "reduce unknown": outcome(lambda: accelerator.reduce(mine, reduction="median").tolist()),
         "gather_for_metrics objects": accelerator.gather_for_metrics(["a", rank]),
         "gather_for_metrics use_gather_object tensor": repr(
-            accelerator.gather_for_metrics(torch.tensor(1.0) if last else ones(1.0)[0], use_gather_object=True)
+            accelerator.gather_for_metrics(torch.tensor([1.0]), use_gather_object=True)
         ),
         "gather_for_metrics outside loop": accelerator.gather_for_metrics(mine).tolist(),
         "concatenate": concatenate([torch.ones(1), torch.zeros(1)]).tolist(),

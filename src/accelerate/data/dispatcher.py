@@ -271,7 +271,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         while group := list(islice(batches, 1 if self.split_batches else count)):
             cutter.remember_opening(group)
             number += 1
-            if number <= 0 or (self._drop_last and not self.split_batches and len(group) < count):
+            if number <= skipped or (self._drop_last and not self.split_batches and len(group) < count):
                 continue
             pieces, observed = cutter.cut(group)
             if pieces:

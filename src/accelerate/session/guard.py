@@ -26,18 +26,17 @@ def guard_first_step(wrapper: AcceleratedOptimizer, plan: ParallelPlan) -> None:
         reasons.append(f"gradients are accumulated over {plan.settings.accumulation.num_steps} batches")
     if not reasons:
         return
-    inner = wrapper.optimizer
 
     def check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         handle.remove()
-        if not wrapper.is_stepping:
-            raise SettingError(
-                explain(
-                    f"{type(optimizer).__name__}.step() was called on the optimizer as it was before prepare(), although "
-                    f"{' and '.join(reasons)}.",
-                    accepted="the optimizer that prepare() returned",
-                    remedy="Assign the result: optimizer = accelerator.prepare(optimizer).",
-                )
+        raise SettingError(
+            explain(
+                f"{type(optimizer).__name__}.step() was called on the optimizer as it was before prepare(), although "
+                f"{' and '.join(reasons)}.",
+                accepted="the optimizer that prepare() returned",
+                remedy="Assign the result: optimizer = accelerator.prepare(optimizer).",
             )
+        )
 
-    handle = inner.register_step_pre_hook(check)
+    handle = wrapper.optimizer.register_step_pre_hook(check)
+    wrapper.before_first_step = handle.remove

@@ -43,8 +43,8 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.gradient_state = GradientState()
         self.device_placement = device_placement
         self._skipped: bool | Callable[[], bool] = False
-        self.is_stepping = False
-        """Whether `step` is running; tells a step through this wrapper from one past it."""
+        self.before_first_step: Callable[[], None] | None = None
+        """Called once, when the first step through this wrapper begins."""
         self._scaling = None if scaler is None else LossScaling.of(scaler)
         if self._scaling is not None:
             self._scaling.add(optimizer)
@@ -130,14 +130,15 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         """
         if not self.gradient_state.sync_gradients:
             return
-        self.is_stepping = True
+        if self.before_first_step is not None:
+            self.before_first_step()
+            self.before_first_step = None
         if self._scaling is not None:
             self._skipped = self._scaling.step(self.optimizer, closure)
         elif closure is None:
             self.optimizer.step()
         else:
             self.optimizer.step(closure)
-        self.is_stepping = False
 
     @property
     def step_was_skipped(self) -> bool:

@@ -36,6 +36,7 @@ class AcceleratedScheduler:
         self.step_with_optimizer = step_with_optimizer
         self.gradient_state = GradientState()
         self._repeats = 1 if split_batches else state.current_or_single().process.world_size
+        self._is_bounded = hasattr(scheduler, "total_steps")
         self._may_skip = any(getattr(optimizer, "scaler", None) is not None for optimizer in self.optimizers)
 
     def step(self, *args: Any, **kwargs: Any) -> None:
@@ -47,18 +48,11 @@ class AcceleratedScheduler:
             return
         if self._may_skip and any(optimizer.step_was_skipped for optimizer in self.optimizers):
             return
-        if self._repeats == 1:
-            self._step_within_total(args, kwargs)
-        else:
-            for _ in range(self._repeats):
-                self._step_within_total(args, kwargs)
-
-    def _step_within_total(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # Rounding up to whole global steps may pass the end of a schedule that has one, where torch raises.
-        scheduler = self.scheduler
-        total = getattr(scheduler, "total_steps", None)
-        if total is None or scheduler._step_count <= total:
-            scheduler.step(*args, **kwargs)
+        for _ in range(self._repeats):
+            # Rounding up to whole global steps may pass the end of a schedule that has one, where torch raises.
+            if self._is_bounded and self.scheduler._step_count > self.scheduler.total_steps:
+                return
+            self.scheduler.step(*args, **kwargs)
 
     def get_last_lr(self) -> list[Any]:
         """Return the last rates, one for each group."""

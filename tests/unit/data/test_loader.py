@@ -271,3 +271,21 @@ def test_state_needs_torchdata(monkeypatch):
     with pytest.raises(MissingPackage, match="pip install 'torchdata>=0.8'"):
         DataLoaderAdapter(range(2), use_stateful_dataloader=True)
     available.is_installed.cache_clear()
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_a_saved_place_lies_behind_skipped_batches(dispatch):
+    pytest.importorskip("torchdata")
+
+    def skipping():
+        loader = prepare(
+            DataLoader(Counting(10), batch_size=2), dispatch_batches=dispatch, use_stateful_dataloader=True
+        )
+        return skip_first_batches(loader, 2)
+
+    loader = skipping()
+    assert next(iter(loader)).tolist() == [4, 5]
+    again = skipping()
+    again.load_state_dict(loader.state_dict())
+    assert numbers(again) == [[6, 7], [8, 9]]
+    assert numbers(again) == [[4, 5], [6, 7], [8, 9]]

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import pytest
+
+from accelerate.core import errors
+from accelerate.core.errors import explain, nearest
+
+
+@pytest.mark.parametrize(
+    ("kind", "builtin"),
+    [
+        (errors.SettingError, ValueError),
+        (errors.WrongTypeError, TypeError),
+        (errors.UnsupportedCombination, ValueError),
+        (errors.UnsupportedCombination, NotImplementedError),
+        (errors.MissingPackage, ImportError),
+        (errors.NotStarted, AttributeError),
+        (errors.CheckpointError, RuntimeError),
+        (errors.LaunchError, RuntimeError),
+        (errors.DistributedOperationException, Exception),
+    ],
+)
+def test_each_error_is_ours_and_the_builtin_callers_expect(kind, builtin):
+    assert issubclass(kind, errors.AccelerateError)
+    with pytest.raises(builtin, match="text"):
+        raise kind("text")
+
+
+def test_the_parts_of_a_message_stand_in_order():
+    text = explain("x=3 is wrong (from X).", accepted=(1, "two"), remedy="Pass 1.")
+    assert text == "x=3 is wrong (from X).\nAccepted: 1, 'two'.\nPass 1."
+
+
+def test_a_message_may_lack_parts():
+    assert explain("Only this.") == "Only this."
+    assert explain("This.", accepted="anything else") == "This.\nAccepted: anything else."
+    assert explain("This.", remedy="Do that.") == "This.\nDo that."
+
+
+def test_the_nearest_word_is_offered():
+    assert nearest("bf61", ["bf16", "fp8"]) == " Did you mean 'bf16'?"
+    assert nearest("zzzzzz", ["bf16", "fp8"]) == ""
