@@ -108,7 +108,10 @@ def main() -> None:
         found = measure(name, processes, options.rounds, peer, name in ONLY_HERE)
         hand = f"{statistics.median(found['by hand']) * 1000:.0f} ms"
         limit = "–" if bound is None else f"{bound:.2f}"
-        print(f"| {title:46} | {quartiles(found['ours']):22} | {limit:5} | {quartiles(found['peer']):22} | {hand:7} |", flush=True)
+        print(
+            f"| {title:46} | {quartiles(found['ours']):22} | {limit:5} | {quartiles(found['peer']):22} | {hand:7} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

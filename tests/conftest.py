@@ -41,7 +41,6 @@ def no_leaks() -> Iterator[None]:
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])
     if torch.are_deterministic_algorithms_enabled():  # asked first: switching loads torch's compiler
-        if torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(False)
     left = {k: v for k, v in os.environ.items() if environment.get(k) != v and k not in _NOT_OURS}
     os.environ.clear()

@@ -41,6 +41,7 @@ def train(epochs: int, batch_size: int, folder: Path, resume: bool) -> tuple[flo
         accelerator.print(f"epoch {epoch}: accuracy {accuracy:.2%} on {count} samples")
         accelerator.save_state(folder / "checkpoint")
 
+    accuracy, count = evaluate(model, test_loader, accelerator)
     accelerator.save_model(model, folder)
     accelerator.print(f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.safetensors'}")
     return accuracy, count

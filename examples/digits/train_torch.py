@@ -39,13 +39,10 @@ def train(epochs: int, batch_size: int, folder: Path, resume: bool) -> tuple[flo
         accuracy, count = evaluate(model, test_loader)
         print(f"epoch {epoch}: accuracy {accuracy:.2%} on {count} samples")
         folder.mkdir(parents=True, exist_ok=True)
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "scheduler": scheduler.state_dict(),
-        }
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
         torch.save({"epoch": epoch + 1, **state}, folder / "checkpoint.pt")
 
+    accuracy, count = evaluate(model, test_loader)
     torch.save(model.state_dict(), folder / "model.pt")
     print(f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.pt'}")
     return accuracy, count

@@ -13,7 +13,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from accelerate.utils import (
     DataLoaderConfiguration,
     DistributedDataParallelKwargs,
     DistributedType,
+    FP8RecipeKwargs,
     GradientAccumulationPlugin,
     GradScalerKwargs,
     InitProcessGroupKwargs,
@@ -475,19 +476,22 @@ def controlling() -> dict[str, Any]:
 def operations() -> dict[str, Any]:
     accelerator = fresh()
     rank, last = accelerator.process_index, accelerator.num_processes - 1
-    mine = torch.tensor([rank + 1.0])
     row = torch.ones(rank + 1)
+
+    def mine() -> torch.Tensor:  # made anew, since some implementations reduce in place
+        return torch.tensor([rank + 1.0])
+
     return {
-        "gather 1d": accelerator.gather(mine).tolist(),
+        "gather 1d": accelerator.gather(mine()).tolist(),
         "gather 0d": accelerator.gather(torch.tensor(float(rank))).tolist(),
-        "gather dict/list": repr(accelerator.gather({"a": [mine]})),
-        "reduce sum": accelerator.reduce(mine).tolist(),
-        "reduce mean": accelerator.reduce(mine, reduction="mean").tolist(),
-        "reduce scale": accelerator.reduce(mine, scale=1.0 if last == 0 else 0.5).tolist(),
+        "gather dict/list": repr(accelerator.gather({"a": [mine()]})),
+        "reduce sum": accelerator.reduce(mine()).tolist(),
+        "reduce mean": accelerator.reduce(mine(), reduction="mean").tolist(),
+        "reduce scale": accelerator.reduce(mine(), scale=0.5).tolist(),
         "gather_object": gather_object([rank]),
         "gather_object non-list": list(gather_object((rank,))),
-        "broadcast from 0": broadcast(mine).tolist(),
-        "broadcast from last": broadcast(mine, from_process=last).tolist(),
+        "broadcast from 0": broadcast(mine()).tolist(),
+        "broadcast from last": broadcast(mine(), from_process=last).tolist(),
         "broadcast_object_list": broadcast_object_list([rank, "x"]),
         "pad dim0": of_first(accelerator.pad_across_processes(row).tolist()),
         "pad first": of_first(accelerator.pad_across_processes(row, pad_index=-1, pad_first=True).tolist()),
@@ -495,12 +499,12 @@ def operations() -> dict[str, Any]:
         "gather non tensor": (lambda got: repr(got) if isinstance(got, str) else got)(
             outcome(lambda: accelerator.gather("a"))
         ),
-        "reduce unknown": outcome(lambda: accelerator.reduce(mine, reduction="median").tolist()),
+        "reduce unknown": outcome(lambda: accelerator.reduce(mine(), reduction="median").tolist()),
         "gather_for_metrics objects": accelerator.gather_for_metrics(["a", rank]),
         "gather_for_metrics use_gather_object tensor": repr(
             accelerator.gather_for_metrics(torch.tensor([1.0]), use_gather_object=True)
         ),
-        "gather_for_metrics outside loop": accelerator.gather_for_metrics(mine).tolist(),
+        "gather_for_metrics outside loop": accelerator.gather_for_metrics(mine()).tolist(),
         "concatenate": concatenate([torch.ones(1), torch.zeros(1)]).tolist(),
         "find_batch_size": find_batch_size({"a": [torch.ones(3, 2)]}),
         "listify": listify({"a": torch.ones(2)}),
@@ -622,14 +626,11 @@ def profiles() -> dict[str, Any]:
 
 
 def mismatch() -> Any:
-    if PartialState().num_processes == 1:
-        with environment(ACCELERATE_DEBUG_MODE="true"):
-            accelerator = fresh()
-            return outcome(lambda: accelerator.gather(torch.ones(1)) and None)
     # The group stays, so the state can be built again around it.
     with environment(ACCELERATE_DEBUG_MODE="true"):
         accelerator = fresh()
-        return outcome(lambda: accelerator.gather(torch.ones(accelerator.process_index + 1)))
+        found = outcome(lambda: accelerator.gather(torch.ones(accelerator.process_index + 1)))
+        return found if isinstance(found, Raised) else None
 
 
 def accelerator_misc() -> dict[str, Any]:
@@ -654,7 +655,7 @@ def accelerator_misc() -> dict[str, Any]:
 
 
 def options() -> dict[str, Any]:
-    """Return this rank's rows of `options`."""
+    """Return the rows of `options`, which were recorded with one process only."""
     found: dict[str, Any] = {
         "GradientAccumulationPlugin()": repr(GradientAccumulationPlugin()),
         "InitProcessGroupKwargs": InitProcessGroupKwargs().to_kwargs(),
@@ -666,6 +667,7 @@ def options() -> dict[str, Any]:
         "TorchDynamoPlugin bad": outcome(lambda: TorchDynamoPlugin(backend="zz")),  # pyright: ignore[reportArgumentType]
         "ProfileKwargs": repr(ProfileKwargs()),
         "AutocastKwargs": repr(AutocastKwargs().to_kwargs()),
+        "FP8RecipeKwargs": outcome(lambda: FP8RecipeKwargs() and None),
         "GradScalerKwargs": repr(GradScalerKwargs()),
         "DataLoaderConfiguration(bad)": outcome(lambda: DataLoaderConfiguration(bad=1)),  # pyright: ignore[reportCallIssue]
         "str enum": [
@@ -685,33 +687,22 @@ def options() -> dict[str, Any]:
     }
     AcceleratorState._reset_state()
     found["AcceleratorState() direct"] = outcome(AcceleratorState)
-    if PartialState().num_processes == 1:
-        variables = {"ACCELERATE_TORCH_DEVICE": "meta"}
-        with environment(**variables), suppress_use_cpu():
-            found["ACCELERATE_TORCH_DEVICE=meta"] = str(PartialState().device)
+    with environment(ACCELERATE_TORCH_DEVICE="meta"):
+        found["ACCELERATE_TORCH_DEVICE=meta"] = str(PartialState().device)
     state = PartialState()
     PartialState._reset_state()
     found["PartialState attr after reset"] = outcome(lambda: state.device)
     return found
 
 
-@contextmanager
-def suppress_use_cpu() -> Any:
-    before = os.environ.pop("ACCELERATE_USE_CPU", None)
-    with suppress(KeyError):
-        yield
-    if before is not None:
-        os.environ["ACCELERATE_USE_CPU"] = before
-
-
 SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
     "accumulation_scheduler_sync": accumulation,
     "accelerator_misc": accelerator_misc,
-    "options": options,
 }
 
 
 def observe() -> dict[str, dict[str, Any]]:
     """Return all rows of this rank, by section."""
-    PartialState(cpu=True)
-    return {name: function() for name, function in SECTIONS.items()}
+    alone = PartialState(cpu=True).num_processes == 1
+    found = {name: function() for name, function in SECTIONS.items()}
+    return {**found, "options": options()} if alone else found

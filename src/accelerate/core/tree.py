@@ -5,6 +5,7 @@ Owns the rules for lists, tuples, namedtuples and mappings; knows nothing about 
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,8 @@ def rebuild_mapping(original: Any, items: dict[Any, Any]) -> Any:
     """Make a mapping of the type of `original` from `items`."""
     if type(original) is dict:
         return items
+    if isinstance(original, defaultdict):
+        return type(original)(original.default_factory, items)
     return type(original)(items)
 
 

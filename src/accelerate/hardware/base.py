@@ -74,6 +74,10 @@ class Hardware:
         """Make `device` the current one of this process."""
         self._call("set_device", device)
 
+    def is_initialized(self) -> bool:
+        """Tell whether this process has touched a device, after which it must not be forked."""
+        return bool(self._call("is_initialized", default=False))
+
     def synchronize(self) -> None:
         """Wait for the work queued on the current device."""
         self._call("synchronize")

@@ -10,6 +10,7 @@ import logging
 import signal
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
@@ -101,18 +102,32 @@ def launch_config(
 def _in_order(error: ChildFailedError) -> list[Failure]:
     """Return the failures, the root cause first as far as it can be told.
 
-    A worker that noted its exception left a time; one that did not is stamped when the agent looked, which is later.
-    Being ended by the agent (SIGTERM) is a consequence, never the cause.
+    Being ended by the agent (SIGTERM), or losing the connection to another rank, is a consequence, never the cause.
+    Beyond that the order is that in which workers noted their exceptions; one that noted none is stamped when the
+    agent looked.
     """
 
-    def key(item: tuple[int, ProcessFailure]) -> tuple[bool, float, bool, int]:
+    def key(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
         rank, failure = item
-        return (failure.exitcode == -signal.SIGTERM, failure.timestamp, not _traceback(failure), rank)
+        lost_connection = any(sign in _traceback(failure) for sign in _LOST_CONNECTION)
+        return (failure.exitcode == -signal.SIGTERM, lost_connection, _time(failure), rank)
 
     return [
         Failure(rank, failure.pid, failure.exitcode, _traceback(failure))
         for rank, failure in sorted(error.failures.items(), key=key)
     ]
+
+
+# How gloo and nccl say that the rank at the other end is gone.
+_LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
+def _time(failure: ProcessFailure) -> float:
+    # The note's own stamp has whole seconds only; ranks often fail within one.
+    try:
+        return Path(failure.error_file).stat().st_mtime
+    except OSError:
+        return failure.timestamp
 
 
 def _traceback(failure: ProcessFailure) -> str:

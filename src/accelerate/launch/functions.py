@@ -192,8 +192,7 @@ def _refuse_late_start(launcher: str, processes: int) -> None:
         raise _wrong("num_processes", processes, accepted, "Start fewer processes.")
     from ..hardware import named
 
-    is_initialized = getattr(named(found.name).module, "is_initialized", None)
-    if is_initialized is not None and is_initialized():
+    if named(found.name).is_initialized():
         raise UnsupportedCombination(
             explain(
                 f"{launcher} cannot start {processes} processes: this process already uses {found.name}, and a forked "

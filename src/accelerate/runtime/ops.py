@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..core.errors import SettingError, WrongTypeError, explain
@@ -147,12 +148,21 @@ def gather(tensor: Any) -> Any:
 
 
 def gather_object(object: Any) -> list[Any]:
-    """Return the objects of all ranks in one list; lists are joined. Called on all ranks; collective."""
+    """Return the objects of all ranks in one list. Called on all ranks; collective.
+
+    Args:
+        object: A list or tuple, whose items are joined; a tensor or array with dimensions, whose rows are; or any
+            other object, which becomes one item. It travels pickled. One process gets back what it gave.
+    """
     runtime = state.current_or_single()
     if runtime.process.world_size == 1:
         return object
     gathered = runtime.collectives.all_gather_object(object)
-    return [item for items in gathered for item in (items if isinstance(items, (list, tuple)) else [items])]
+    return [item for brought in gathered for item in (brought if _has_rows(brought) else [brought])]
+
+
+def _has_rows(brought: Any) -> bool:
+    return isinstance(brought, (list, tuple)) or (isinstance(brought, (torch.Tensor, np.ndarray)) and brought.ndim > 0)
 
 
 def broadcast(tensor: Any, from_process: int = 0) -> Any:

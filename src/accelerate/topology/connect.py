@@ -5,7 +5,9 @@ Owns the life of the group. The only code that calls `init_process_group`.
 
 from __future__ import annotations
 
+import sys
 from datetime import timedelta
+from types import TracebackType
 from typing import Any
 
 import torch.distributed as dist
@@ -73,6 +75,26 @@ def connect(
     else:
         _announce(process)
     dist.init_process_group(backend=backend, **options)
+    _note_failures()
+
+
+def _note_failures() -> None:
+    # Torch's agent names the rank that failed first by the time in the file it gave each rank. Without a note there,
+    # the ranks that fell because another one had gone are hard to tell from it.
+    if env.get("TORCHELASTIC_ERROR_FILE") is None:
+        return
+    before = sys.excepthook
+
+    def note(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        try:
+            raise error  # what is recorded is the exception being handled, and none is by now
+        except kind as handled:
+            get_error_handler().record_exception(handled)
+        before(kind, error, traceback)
+
+    sys.excepthook = note
 
 
 def disconnect(group: Any = None) -> None:

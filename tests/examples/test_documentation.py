@@ -1,0 +1,45 @@
+"""What the documentation shows is what happens."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+def run(code: str, folder: Path, *launcher: str) -> str:
+    script = folder / "train.py"
+    script.write_text("import torch\ntorch.manual_seed(0)\n" + code)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_first_run_prints_the_same_numbers_with_and_without(tmp_path):
+    plain, ours = blocks("docs/tutorials/first-run.md")[:2]
+    expected = run(plain, tmp_path)
+    assert expected.count("loss") == 5
+    assert run(ours, tmp_path) == expected
+
+
+def test_the_first_run_works_on_two_processes(tmp_path):
+    ours = blocks("docs/tutorials/first-run.md")[1]
+    printed = run(ours, tmp_path, "-m", "accelerate", "launch", "--cpu", "--num_processes", "2")
+    assert printed.count("epoch 4: loss") == 1
+
+
+def test_every_link_in_the_documentation_leads_somewhere():
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
