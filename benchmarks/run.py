@@ -70,9 +70,9 @@ class Worker:
 
 def quartiles(ratios: list[float]) -> str:
     if not ratios:
-        return "–"
+        return "-"
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return f"{middle:.3f} ({low:.3f}–{high:.3f})"
+    return f"{middle:.3f} ({low:.3f}-{high:.3f})"
 
 
 def measure(case: str, processes: int, rounds: int, peer: str | None, only_here: bool) -> dict[str, list]:
@@ -107,7 +107,7 @@ def main() -> None:
         title, _, processes, _, bound = CASES[name]
         found = measure(name, processes, options.rounds, peer, name in ONLY_HERE)
         hand = f"{statistics.median(found['by hand']) * 1000:.0f} ms"
-        limit = "–" if bound is None else f"{bound:.2f}"
+        limit = "-" if bound is None else f"{bound:.2f}"
         print(
             f"| {title:46} | {quartiles(found['ours']):22} | {limit:5} | {quartiles(found['peer']):22} | {hand:7} |",
             flush=True,

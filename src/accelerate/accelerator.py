@@ -564,8 +564,12 @@ class Accelerator:
         """Return the data of all ranks without the samples that made the last batch even. Collective.
 
         Args:
-            input_data: Nested tensors with one row for each sample, or any objects, which travel pickled.
-            use_gather_object: Send tensors as objects too, for shapes that differ between ranks.
+            input_data: Nested tensors with one row for each sample, or a list with one object for each sample; objects
+                travel pickled.
+            use_gather_object: Send a tensor's rows as objects too, for shapes that differ between ranks.
+
+        Raises:
+            WrongTypeError: (a `TypeError`) with several processes, for a mapping that has to travel as objects.
         """
         return metrics.gather_for_metrics(self.gradient_state, input_data, use_gather_object)
 

@@ -138,7 +138,9 @@ def faults_of(name: str, frozen: dict[str, Any], found: Any) -> list[str]:
     """Return how an object differs from its frozen description."""
     faults: list[str] = []
     if frozen["kind"] == "enum":
-        ours = {member: repr(item.value) for member, item in found.__members__.items() if f"{name}.{member}" not in ADDED}
+        ours = {
+            member: repr(item.value) for member, item in found.__members__.items() if f"{name}.{member}" not in ADDED
+        }
         return [] if ours == frozen["members"] else [f"{name}: {ours} for {frozen['members']}"]
     if frozen["kind"] == "constant":
         return [] if portable(repr(found)) == frozen["value"] else [f"{name} is {found!r} for {frozen['value']}"]
@@ -258,7 +260,14 @@ def test_the_list_covers_what_clients_use():
 
 def test_signatures_are_compared_strictly():
     assert differences("f", "(self, a, b=1)", "(self, a, b=1)") == []
-    for other in ("(self, a, b=2)", "(self, b=1, a=1)", "(self, a, *, b=1)", "(self, a)", "(self, a, b=1, c=2)", "(self, x, b=1)"):
+    for other in (
+        "(self, a, b=2)",
+        "(self, b=1, a=1)",
+        "(self, a, *, b=1)",
+        "(self, a)",
+        "(self, a, b=1, c=2)",
+        "(self, x, b=1)",
+    ):
         assert differences("f", "(self, a, b=1)", other), other
     assert differences("f", "(x=<object object>)", "(x=<object object at 0x7f00>)") == []
 
@@ -282,7 +291,9 @@ def test_other_kinds_are_compared_strictly():
     assert member_faults("t", Thing, {"held": {"kind": "method"}})
     assert member_faults("t", Thing, {"held": {"kind": "property+setter"}})
     assert member_faults("t", Thing, {"act": {"kind": "method", "signature": "(self, b)"}})
-    assert not member_faults("t", Thing, {"held": {"kind": "property"}, "act": {"kind": "method", "signature": "(self, a)"}})
+    assert not member_faults(
+        "t", Thing, {"held": {"kind": "property"}, "act": {"kind": "method", "signature": "(self, a)"}}
+    )
 
 
 def test_freezing_loses_no_name():

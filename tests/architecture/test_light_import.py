@@ -51,12 +51,16 @@ def test_the_check_sees_what_is_loaded():
 
 
 def test_the_package_can_be_imported_without_torch():
-    loaded_after("import accelerate; accelerate.__version__; dir(accelerate); accelerate.DistributedType.NO", ("torch",))
+    loaded_after(
+        "import accelerate; accelerate.__version__; dir(accelerate); accelerate.DistributedType.NO", ("torch",)
+    )
     with pytest.raises(AssertionError, match="torch is blocked"):
         loaded_after("import accelerate; accelerate.Accelerator", ("torch",))
 
 
-@pytest.mark.parametrize("words", [["--help"], ["launch", "--help"], ["config", "--help"], ["env", "--help"], ["test", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["launch", "--help"], ["config", "--help"], ["env", "--help"], ["test", "--help"]]
+)
 def test_help_loads_nothing_heavy(words):
     code = f"sys.argv = {['accelerate', *words]!r}\nfrom accelerate.commands.accelerate_cli import main\nmain()"
     assert loaded_after(code).isdisjoint(HEAVY)

@@ -33,7 +33,12 @@ def test_the_environment_has_one_owner():
 
 @pytest.mark.parametrize(
     "text",
-    ["import os\nos.environ['A']", "import os\nos.getenv('A')", "from os import environ", "import os\nos.putenv('A', '1')"],
+    [
+        "import os\nos.environ['A']",
+        "import os\nos.getenv('A')",
+        "from os import environ",
+        "import os\nos.putenv('A', '1')",
+    ],
 )
 def test_the_environment_rule_can_fail(text):
     assert found(rules.environment_uses, text)
@@ -115,7 +120,9 @@ def test_process_groups_have_few_owners():
     assert outside(groups, *GROUP_OWNERS, *exceptions.TORCH_DISTRIBUTED) == []
 
 
-@pytest.mark.parametrize("text", ["import torch.distributed as dist", "from torch import distributed", "torch.distributed.barrier()"])
+@pytest.mark.parametrize(
+    "text", ["import torch.distributed as dist", "from torch import distributed", "torch.distributed.barrier()"]
+)
 def test_the_group_rule_can_fail(text):
     assert found(groups, text)
 

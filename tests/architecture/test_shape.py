@@ -104,7 +104,9 @@ def test_nothing_is_unfinished():
     assert [f"{source.path}:{line}" for source in modules() for line in rules.unfinished(source)] == []
 
 
-@pytest.mark.parametrize("text", ["x = 1  # TODO later", "def f():\n    raise NotImplementedError", "raise NotImplementedError('x')"])
+@pytest.mark.parametrize(
+    "text", ["x = 1  # TODO later", "def f():\n    raise NotImplementedError", "raise NotImplementedError('x')"]
+)
 def test_the_rule_on_unfinished_code_can_fail(text):
     assert list(rules.unfinished(module("x.py", text)))
 

@@ -6,6 +6,7 @@ any implementation of it.
 
 from __future__ import annotations
 
+import gc
 import io
 import itertools
 import logging
@@ -170,7 +171,10 @@ def rates(split: int, with_optimizer: int, adjust: int, steps: int) -> list[floa
         with accelerator.accumulate(model):
             accelerator.backward(model(batch).sum())
             optimizer.step()
-            scheduler.step()
+            with warnings.catch_warnings():
+                if not with_optimizer:  # torch warns of a scheduler that runs ahead, which is what is asked for
+                    warnings.simplefilter("ignore")
+                scheduler.step()
             optimizer.zero_grad()
         seen.append(round(scheduler.get_last_lr()[0], 4))
     return seen
@@ -703,6 +707,7 @@ SECTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def observe() -> dict[str, dict[str, Any]]:
     """Return all rows of this rank, by section."""
+    gc.freeze()  # many rows collect garbage, which need not look through all that was imported
     alone = PartialState(cpu=True).num_processes == 1
     found = {name: function() for name, function in SECTIONS.items()}
     return {**found, "options": options()} if alone else found

@@ -103,6 +103,17 @@ def disconnect(group: Any = None) -> None:
         dist.destroy_process_group(group)
 
 
+def abandon() -> None:
+    """Let all groups live until the process ends, so that nothing waits for their unfinished work.
+
+    The end of the interpreter would otherwise destroy them one by one, and each of them waits for its work.
+    """
+    if dist.is_available() and dist.is_initialized():
+        for group in dist.distributed_c10d._world.pg_map:
+            # A reference that nobody gives back; the end of the interpreter clears every other kind.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
 def _announce(process: Process) -> None:
     # Torch's rendezvous reads these; MPI launchers do not set them.
     host, _, port = (process.address or "127.0.0.1:29500").rpartition(":")

@@ -37,10 +37,16 @@ def find(environ: Mapping[str, str]) -> Process | None:
         rank = number(environ, rank_name)
         check_rank(rank, world_size, f"{rank_name} and {size_name} in the environment")
         local_world_size = number(environ, local_size_name, world_size)
+        local_rank = number(environ, local_rank_name, rank % (local_world_size or 1))
+        check_rank(
+            local_rank,
+            local_world_size,
+            f"{local_rank_name} and {local_size_name} in the environment",
+        )
         return Process(
             rank=rank,
             world_size=world_size,
-            local_rank=number(environ, local_rank_name, rank % local_world_size),
+            local_rank=local_rank,
             local_world_size=local_world_size,
             source="mpi",
             address=_address(environ, spans_nodes=local_world_size < world_size),

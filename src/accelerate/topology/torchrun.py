@@ -18,11 +18,18 @@ def find(environ: Mapping[str, str]) -> Process | None:
     check_rank(rank, world_size, "RANK and WORLD_SIZE in the environment")
     if world_size == 1 and "MASTER_ADDR" not in environ:
         return None  # LOCAL_RANK alone, as some notebooks set it: nobody to meet
+    local_world_size = number(environ, "LOCAL_WORLD_SIZE", world_size)
+    if "LOCAL_WORLD_SIZE" in environ:
+        check_rank(
+            local_rank,
+            local_world_size,
+            "LOCAL_RANK and LOCAL_WORLD_SIZE in the environment",
+        )
     return Process(
         rank=rank,
         world_size=world_size,
         local_rank=local_rank,
-        local_world_size=number(environ, "LOCAL_WORLD_SIZE", world_size),
+        local_world_size=local_world_size,
         source="torchrun",
         address=f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{environ.get('MASTER_PORT', '29500')}",
     )

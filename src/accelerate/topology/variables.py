@@ -35,7 +35,7 @@ def check_rank(rank: int, world_size: int, origin: str) -> None:
         raise SettingError(
             explain(
                 f"rank {rank} is not below the world size {world_size} ({origin}).",
-                accepted=f"0 to {world_size - 1}",
+                accepted=f"0 to {world_size - 1}" if world_size else "a world size >= 1",
                 remedy="Look for variables left over from another job.",
             )
         )

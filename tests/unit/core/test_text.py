@@ -51,7 +51,14 @@ def test_what_is_no_size_is_refused(text):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KB"), (2**20, "1.0 MB"), (3 * 2**30, "3.0 GB"), (2**50, "1024.0 TB")],
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1536, "1.5 KB"),
+        (2**20, "1.0 MB"),
+        (3 * 2**30, "3.0 GB"),
+        (2**50, "1024.0 TB"),
+    ],
 )
 def test_sizes_are_printed_with_the_unit_that_suits(count, text):
     assert convert_bytes(count) == text

@@ -12,11 +12,13 @@ Pair = namedtuple("Pair", "first second")
 
 trees = st.recursive(
     st.integers() | st.text(max_size=3) | st.none(),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.tuples(inner, inner)
-    | st.builds(Pair, inner, inner)
-    | st.dictionaries(st.integers(), inner, max_size=3)
-    | st.builds(OrderedDict, st.dictionaries(st.integers(), inner, max_size=3)),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.builds(Pair, inner, inner)
+        | st.dictionaries(st.integers(), inner, max_size=3)
+        | st.builds(OrderedDict, st.dictionaries(st.integers(), inner, max_size=3))
+    ),
     max_leaves=12,
 )
 

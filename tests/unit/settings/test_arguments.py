@@ -126,9 +126,13 @@ def test_a_plugin_wins_over_the_environment():
 
 def test_steps_and_a_plugin():
     text = refusal(
-        SettingError, gradient_accumulation_steps=2, gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=3)
+        SettingError,
+        gradient_accumulation_steps=2,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=3),
     )
-    assert "gradient_accumulation_steps=2 and gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=3" in text
+    assert (
+        "gradient_accumulation_steps=2 and gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=3" in text
+    )
     assert "Accepted: one of the two." in text
     assert "Pass only GradientAccumulationPlugin(num_steps=2, ...)." in text
 
@@ -165,7 +169,9 @@ def test_split_batches_is_the_same_as_in_the_configuration():
 
 def test_split_batches_twice_and_not_alike():
     text = refusal(SettingError, split_batches=False, dataloader_config=DataLoaderConfiguration(split_batches=True))
-    assert "split_batches=False (argument of Accelerator) contradicts split_batches=True (in dataloader_config)." in text
+    assert (
+        "split_batches=False (argument of Accelerator) contradicts split_batches=True (in dataloader_config)." in text
+    )
     assert "Set it in DataLoaderConfiguration only." in text
 
 
@@ -214,10 +220,18 @@ def test_an_unknown_back_end():
 
 
 def test_each_handler_finds_its_place():
-    given = [AutocastKwargs(), DistributedDataParallelKwargs(), GradScalerKwargs(), InitProcessGroupKwargs(), ProfileKwargs()]
+    given = [
+        AutocastKwargs(),
+        DistributedDataParallelKwargs(),
+        GradScalerKwargs(),
+        InitProcessGroupKwargs(),
+        ProfileKwargs(),
+    ]
     found = settings(kwargs_handlers=list(reversed(given))).handlers
     assert [found.autocast, found.ddp, found.scaler, found.init, found.profile] == given
-    assert all(a is b for a, b in zip([found.autocast, found.ddp, found.scaler, found.init, found.profile], given, strict=True))
+    assert all(
+        a is b for a, b in zip([found.autocast, found.ddp, found.scaler, found.init, found.profile], given, strict=True)
+    )
 
 
 def test_a_handler_of_a_subclass_counts_as_its_class():
@@ -305,7 +319,12 @@ def test_no_trackers_is_fine():
 
 @pytest.mark.parametrize(
     "name",
-    ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM", "ACCELERATE_USE_PARALLELISM_CONFIG"],
+    [
+        "ACCELERATE_USE_DEEPSPEED",
+        "ACCELERATE_USE_FSDP",
+        "ACCELERATE_USE_MEGATRON_LM",
+        "ACCELERATE_USE_PARALLELISM_CONFIG",
+    ],
 )
 def test_a_variable_whose_engine_is_missing(name):
     text = refusal(UnsupportedCombination, {name: "true"})

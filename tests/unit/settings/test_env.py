@@ -42,7 +42,9 @@ def test_variables_are_restored_after_an_error():
     assert PROBE not in os.environ
 
 
-@given(st.dictionaries(st.sampled_from([PROBE + "_A", PROBE + "_B", PROBE + "_C"]), st.none() | st.sampled_from(["1", ""])))
+@given(
+    st.dictionaries(st.sampled_from([PROBE + "_A", PROBE + "_B", PROBE + "_C"]), st.none() | st.sampled_from(["1", ""]))
+)
 def test_nothing_is_left_whatever_was_applied(variables):
     with env.applied({PROBE + "_A": "outer"}):
         before = env.read()

@@ -1,0 +1,221 @@
+"""Where this library differs from Accelerate 1.15 on purpose: the one table.
+
+Each is tested where `test` says. `rows` say what this library does in rows of `observed.json`; `test_observed.py`
+compares. The text for users is `docs/decisions/0004-deliberate-differences.md`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as it was."""
+
+    name: str
+    there: str
+    here: str
+    why: str
+    test: str
+    rows: dict[tuple[str, ...], Any] = field(default_factory=dict)
+    """Section, row and perhaps entry -> what this library gives; by `P1` and `P2` where they differ."""
+
+
+DIFFERENCES = [
+    Difference(
+        "backward_before_the_prepared_model_ran",
+        "a loss of the model as it was before prepare() trains each process for itself",
+        "the first backward() raises with several processes",
+        "the ranks' models drift apart and nothing says so",
+        "tests/ranks/test_training.py::test_lost_model",
+    ),
+    Difference(
+        "model_as_it_was_in_no_sync_and_accumulate",
+        "no_sync(model) and accumulate(model) with the model as it was before prepare() do nothing",
+        "both raise with several processes; accumulate() in the batches that only accumulate",
+        "gradients were averaged in every batch",
+        "tests/ranks/test_training.py::test_model_as_it_was_before_prepare",
+    ),
+    Difference(
+        "optimizer_as_it_was_under_fp16_and_accumulation",
+        "stepping the optimizer as it was before prepare() steps with scaled gradients, or in every batch",
+        "its first step raises",
+        "the weights are wrong and nothing says so",
+        "tests/unit/test_accelerator.py::test_lost_optimizer",
+    ),
+    Difference(
+        "optimizer_of_another_model",
+        "prepare(model, optimizer) takes an optimizer over parameters of neither this nor any prepared model",
+        "raises, if no optimizer holds the model's parameters",
+        "training would change nothing",
+        "tests/unit/test_accelerator.py::test_optimizer_of_another_model",
+    ),
+    Difference(
+        "prepared_once",
+        "preparing a prepared model registers it a second time, with several processes",
+        "registers it once",
+        "checkpoints wrote it twice",
+        "tests/ranks/test_training.py::test_what_prepare_keeps_and_unwraps",
+        {("accelerator_misc", "prepare twice"): {"P1": [True, 2, 2], "P2": [True, 2, 2]}},
+    ),
+    Difference(
+        "fp16_on_cpu",
+        "mixed_precision='fp16' on a CPU is ignored",
+        "computes in float16, with a loss scaler",
+        "a setting has an effect or raises",
+        "tests/unit/test_accelerator.py::test_fp16_on_a_cpu_computes_in_float16_and_skips_steps_that_overflow",
+        {
+            ("accelerator_misc", "mixed_precision=fp16", "scaler"): "GradScaler",
+            ("accelerator_misc", "mixed_precision=fp16", "native_amp"): True,
+        },
+    ),
+    Difference(
+        "precision_in_any_case",
+        "mixed_precision='BF16' raises",
+        "is 'bf16'; so in ACCELERATE_MIXED_PRECISION",
+        "there is no second meaning",
+        "tests/unit/test_accelerator.py::test_precision_names_in_any_case",
+    ),
+    Difference(
+        "group_on_a_cpu_host",
+        "torchrun on a machine without an accelerator gives that many single processes, unless cpu=True is passed",
+        "the processes join a gloo group",
+        "each of them trained alone on all data",
+        "tests/ranks/test_accelerator.py::test_processes_on_a_cpu_host_join_a_group_unasked",
+    ),
+    Difference(
+        "one_process_is_not_wrapped",
+        "torchrun with one process on a CPU wraps the model in DistributedDataParallel",
+        "leaves it as it is",
+        "there is nobody to average with; the same numbers, faster",
+        "tests/ranks/test_accelerator.py::test_one_process_of_torchrun_is_one_process",
+    ),
+    Difference(
+        "split_batches_argument",
+        "Accelerator(split_batches=True) is ignored",
+        "counts as in DataLoaderConfiguration",
+        "a setting has an effect or raises",
+        "tests/ranks/test_training.py::test_split_batches_argument_splits_batches",
+        {("accelerator_misc", "ctor split_batches arg"): [True]},
+    ),
+    Difference(
+        "steps_in_argument_and_environment",
+        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS beats the argument silently",
+        "it still does, with a warning that names both",
+        "the argument had no effect and nothing said so",
+        "tests/unit/test_accelerator.py::test_variable_of_the_launcher_beats_the_number_of_steps_and_says_so",
+    ),
+    Difference(
+        "wrong_handler_type",
+        "a handler of an unknown type is an AssertionError",
+        "a TypeError",
+        "python -O removes assertions",
+        "tests/unit/test_accelerator.py::test_arguments_that_cannot_be_meant",
+        {("accelerator_misc", "ctor kwargs_handlers wrong"): "TypeError"},
+    ),
+    Difference(
+        "unknown_rng_type",
+        "rng_types=['zz'] is accepted, and fails in the first epoch",
+        "is a ValueError at once",
+        "errors belong to the line that made them",
+        "tests/unit/test_accelerator.py::test_arguments_that_cannot_be_meant",
+        {("accelerator_misc", "ctor bad rng"): "ValueError"},
+    ),
+    Difference(
+        "contradicting_folders",
+        "project_dir= is ignored if project_config has another one",
+        "is a ValueError",
+        "a setting has an effect or raises",
+        "tests/unit/test_accelerator.py::test_arguments_that_cannot_be_meant",
+    ),
+    Difference(
+        "number_of_steps_below_one",
+        "gradient_accumulation_steps=0 is accepted, and fails in the first batch",
+        "is a ValueError at once",
+        "errors belong to the line that made them",
+        "tests/unit/test_accelerator.py::test_arguments_that_cannot_be_meant",
+    ),
+    Difference(
+        "process_index_is_needed",
+        "on_process(function) without process_index= runs the function nowhere, and with one process all the same",
+        "is a ValueError",
+        "what runs must not depend on the number of processes",
+        "tests/unit/test_accelerator.py::test_missing_engines_of_methods",
+    ),
+    Difference(
+        "engines_of_later_versions",
+        "FSDP, DeepSpeed, Megatron-LM, tensor parallelism, meshes, fp8 and trackers",
+        "their arguments, option classes and variables raise UnsupportedCombination, a ValueError",
+        "a setting has an effect or raises",
+        "tests/unit/test_accelerator.py::test_variables_of_missing_engines",
+        {("options", "FP8RecipeKwargs"): "ValueError"},
+    ),
+    Difference(
+        "inputs_are_left_alone",
+        "split_between_processes() changes the caller's dictionary, and broadcast() the caller's tensor, with several "
+        "processes",
+        "return new ones",
+        "using the input afterwards gave other results than with one process",
+        "tests/ranks/test_accelerator.py::test_inputs_are_left_alone",
+    ),
+    Difference(
+        "first_process_fails",
+        "if the first process fails inside main_process_first(), the others wait until the connection breaks",
+        "they go on; the error of the first one is what is seen",
+        "a hang explains nothing",
+        "tests/ranks/test_accelerator.py::test_others_are_let_go_when_the_first_one_fails",
+    ),
+    Difference(
+        "reduce_scale",
+        "reduce(scale=) has no effect on a CPU or GPU",
+        "the result is multiplied by it",
+        "a setting has an effect or raises",
+        "tests/ranks/test_collectives.py::test_on_ranks",
+        {("accelerator_misc", "ops", "reduce scale"): {"P1": [0.5], "P2": [1.5]}},
+    ),
+    Difference(
+        "reduce_unknown",
+        "any unknown word for reduction= sums",
+        "is a ValueError",
+        "'avg' gave a sum",
+        "tests/ranks/test_collectives.py::test_on_ranks",
+        {("accelerator_misc", "ops", "reduce unknown"): "ValueError"},
+    ),
+    Difference(
+        "mean_of_whole_numbers",
+        "the mean of integer tensors raises",
+        "is a float tensor",
+        "there is no second meaning",
+        "tests/ranks/test_collectives.py::test_on_ranks",
+    ),
+    Difference(
+        "objects_are_gathered_whole",
+        "gather_object() takes anything apart that can be iterated: a text into letters, a dictionary into its keys; "
+        "a number is a TypeError",
+        "takes lists, tuples and rows of tensors and arrays apart; everything else is one item",
+        "letters and keys were never meant",
+        "tests/ranks/test_collectives.py::test_on_ranks",
+    ),
+    Difference(
+        "mapping_of_objects_in_metrics",
+        "gather_for_metrics() of a dictionary that holds other things than tensors returns its keys",
+        "is a TypeError with several processes",
+        "which parts belong to one sample cannot be told, so padding could not be cut",
+        "tests/ranks/test_collectives.py::test_gather_for_metrics_gives_each_sample_once",
+    ),
+    Difference(
+        "join_on_cpu",
+        "join_uneven_inputs() warns and does nothing on CPUs",
+        "works, and so does its even_batches=",
+        "the same loop works everywhere",
+        "tests/ranks/test_training.py::test_ranks_may_run_out_of_batches_at_different_times",
+        {
+            ("accumulation_scheduler_sync", "join even_batches=False, 3 samples"): {
+                "P1": [[[1, 1]] * 3],
+                "P2": [[[1, 1]] * 2, [[1, 1]]],
+            }
+        },
+    ),
+]
