@@ -148,7 +148,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         return self._skipped
 
     def __getstate__(self) -> dict[str, Any]:
-        hidden = ("_scaling", "_skipped", "gradient_state", "scaler")
+        hidden = ("_scaling", "_skipped", "before_first_step", "gradient_state", "scaler")
         return {key: value for key, value in self.__dict__.items() if key not in hidden}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -158,6 +158,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
             scaler=None,
             _scaling=None,
             _skipped=False,
+            before_first_step=None,
         )
 
     def __repr__(self) -> str:

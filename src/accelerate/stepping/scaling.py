@@ -69,7 +69,7 @@ class LossScaling:
         if closure is None:
             self.scaler.step(optimizer)
         else:
-            self.scaler.step(optimizer, closure)
+            self.scaler.step(optimizer, closure=closure)
         self._unscaled.discard(id(optimizer))
         skipped = self._skipped(optimizer)
         self._update_waits = True

@@ -10,8 +10,10 @@ from .variables import check_rank, number
 
 def find(environ: Mapping[str, str]) -> Process | None:
     """Return the place torchrun gave us, if it did: `LOCAL_RANK` is its mark."""
-    if "LOCAL_RANK" not in environ or environ["LOCAL_RANK"] == "-1":
+    if environ.get("LOCAL_RANK") == "-1":
         return None
+    if "LOCAL_RANK" not in environ:
+        return _one_per_machine(environ)
     local_rank = number(environ, "LOCAL_RANK")
     world_size = number(environ, "WORLD_SIZE", 1)
     rank = number(environ, "RANK", None if world_size > 1 else 0)
@@ -32,4 +34,21 @@ def find(environ: Mapping[str, str]) -> Process | None:
         local_world_size=local_world_size,
         source="torchrun",
         address=f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{environ.get('MASTER_PORT', '29500')}",
+    )
+
+
+def _one_per_machine(environ: Mapping[str, str]) -> Process | None:
+    # Job controllers that start one process in each container, such as Kubeflow's, leave the local rank out.
+    if not all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
+        return None
+    world_size = number(environ, "WORLD_SIZE")
+    if world_size <= 1:
+        return None
+    rank = number(environ, "RANK")
+    check_rank(rank, world_size, "RANK and WORLD_SIZE in the environment")
+    return Process(
+        rank=rank,
+        world_size=world_size,
+        source="torchrun",
+        address=f"{environ['MASTER_ADDR']}:{environ.get('MASTER_PORT', '29500')}",
     )

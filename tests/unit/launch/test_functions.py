@@ -108,11 +108,8 @@ def test_workers_are_not_started_beside_an_existing_state(launcher):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_device_in_use_is_refused_and_so_are_more_processes_than_devices(monkeypatch, processes):
-    class Module:
-        is_initialized = staticmethod(lambda: True)
-
     class Family:
-        module = Module
+        is_initialized = staticmethod(lambda: True)
 
     monkeypatch.setattr(functions.devices, "find", lambda environ: functions.devices.Devices(2, "cuda"))
     monkeypatch.setattr("accelerate.hardware.named", lambda name: Family)

@@ -193,7 +193,6 @@ def test_stepping_the_old_optimizer_is_right_where_nothing_differs():
     optimizer.step()
 
 
-@pytest.mark.xfail(strict=True, reason="before its first step a guarded optimizer holds a local function")
 def test_a_guarded_optimizer_can_be_pickled():
     import pickle
 

@@ -270,7 +270,6 @@ def test_there_is_one_scaling_for_each_scaler_and_it_does_not_keep_it():
         scaling.scaler  # noqa: B018
 
 
-@pytest.mark.xfail(strict=True, reason="the closure is passed by position, where torch's scaler does not look for it")
 def test_a_closure_is_refused_as_torchs_scaler_does():
     accelerator = half()
     model, optimizer = prepared(accelerator)
