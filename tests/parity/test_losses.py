@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # optimizers load it: here, and not in each of the processes
 import torch.distributed as dist
 from sklearn.datasets import load_digits
 from torch import nn

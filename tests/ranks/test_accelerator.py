@@ -24,7 +24,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
-    broadcast,
     patch_environment,
     set_seed,
     synchronize_rng_states,
@@ -149,7 +148,6 @@ def split() -> list[Any]:
     with pytest.raises(TypeError, match="got a tuple"):
         accelerator.split_between_processes((1, 2, 3), apply_padding=True).__enter__()
     tensor = torch.tensor([accelerator.process_index])
-    assert broadcast(tensor).item() == 0
     assert accelerator.reduce(tensor).item() == 1
     assert tensor.item() == accelerator.process_index
     return found
@@ -251,6 +249,24 @@ def without_choice_of_cpu() -> list[dict[str, Any]]:
     state = PartialState()
     assert (state.num_processes, state.backend) == (int(os.environ["WORLD_SIZE"]), "gloo")
     return [describe()]
+
+
+def join_slowly(folder: str) -> list[str]:
+    join, rank = dist.init_process_group, os.environ["RANK"]
+
+    def slowly(*args: Any, **kwargs: Any) -> None:
+        join(*args, **kwargs)
+        time.sleep(0.3 if rank == "1" else 0.0)
+        (Path(folder) / rank).touch()
+
+    dist.init_process_group = slowly
+    PartialState()
+    return sorted(os.listdir(folder))
+
+
+def test_nobody_goes_on_before_all_have_joined(tmp_path: Path) -> None:
+    # A rank that is done at once would close its connections while others still make theirs.
+    assert run_on_ranks(join_slowly, 3, str(tmp_path)) == [["0", "1", "2"]] * 3
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="this machine is no CPU host")

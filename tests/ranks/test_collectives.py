@@ -119,6 +119,13 @@ def broadcasts() -> None:
         assert all(torch.equal(a, b) for a, b in zip(leaves(got), leaves(nested(source)), strict=True))
     for dtype in DTYPES:
         assert broadcast(torch.tensor(rank).to(dtype), from_process=size - 1) == torch.tensor(size - 1).to(dtype)
+    # The caller's tensors are overwritten, also those that do not lie in one piece.
+    square = torch.full((2, 3), float(rank)).t()
+    broadcast({"square": square}, from_process=1)
+    assert square.tolist() == [[1.0, 1.0]] * 3
+    weight = torch.nn.Parameter(torch.tensor([float(rank)]))
+    assert broadcast(weight) is weight
+    assert weight.item() == 0
     own = [rank, {"text": "x" * rank}]
     got = broadcast_object_list(own, from_process=size - 1)
     assert got is own

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo  # optimizers load it: here, and not in each of the processes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -219,11 +220,19 @@ def late_sync() -> list[float]:
     with accelerator.no_sync(model):
         accelerator.backward(model(value).sum())
     seen.append(gradient(model))
+    # So it is inside no_sync too.
+    model.zero_grad()
+    with accelerator.no_sync(model):
+        with accelerator.trigger_sync_in_backward(model):
+            accelerator.backward(model(value).sum())
+        seen.append(gradient(model))
+        accelerator.backward(model(value).sum())
+        seen.append(gradient(model))
     return seen
 
 
 def test_trigger_sync_in_backward_serves_one_backward() -> None:
-    assert run_on_ranks(late_sync, 2) == [[1.5, 3.0, 4.0], [1.5, 3.0, 5.0]]
+    assert run_on_ranks(late_sync, 2) == [[1.5, 3.0, 4.0, 1.5, 2.5], [1.5, 3.0, 5.0, 1.5, 3.5]]
 
 
 def unused_and_late() -> str:

@@ -242,6 +242,26 @@ def test_fp16_on_a_cpu_computes_in_float16_and_skips_steps_that_overflow() -> No
     assert not all(skipped)
 
 
+def test_each_scheduler_follows_its_own_optimizer() -> None:
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=1024.0)])
+    models = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in models]
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5) for optimizer in optimizers]
+    for optimizer in optimizers:  # torch warns of a schedule that begins before the first step
+        optimizer.step()
+    # In one call and in another one, before and after their optimizers.
+    first, two, one = accelerator.prepare(schedulers[0], *reversed(optimizers))
+    second = accelerator.prepare(schedulers[1])
+    models = accelerator.prepare(*models)
+    accelerator.backward(models[0](torch.ones(1, 1)).sum() * float("inf"))
+    accelerator.backward(models[1](torch.ones(1, 1)).sum())
+    for stepped in (one, two, first, second):
+        stepped.step()
+    assert (one.step_was_skipped, two.step_was_skipped) == (True, False)
+    assert (first.get_last_lr(), second.get_last_lr()) == ([1.0], [0.5])
+    assert accelerator.optimizer_step_was_skipped
+
+
 def test_clipping_sees_gradients_at_their_true_size_under_fp16() -> None:
     accelerator, model, optimizer = trained(
         steps=2, mixed_precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=256.0)]

@@ -166,10 +166,10 @@ def _has_rows(brought: Any) -> bool:
 
 
 def broadcast(tensor: Any, from_process: int = 0) -> Any:
-    """Return the tensors of rank `from_process`. Called on all ranks; collective.
+    """Overwrite tensors with those of rank `from_process`, and return them. Called on all ranks; collective.
 
     Args:
-        tensor: Nested tensors, of the same structure and shapes on all ranks.
+        tensor: Nested tensors, of the same structure and shapes on all ranks. Each is changed in place.
         from_process: The rank whose values count.
     """
     runtime = state.current_or_single()
@@ -179,7 +179,11 @@ def broadcast(tensor: Any, from_process: int = 0) -> Any:
     collectives.check("broadcast", tensor)
 
     def leaf(item: torch.Tensor) -> torch.Tensor:
-        return collectives.broadcast(item.detach().clone().contiguous(), from_process)
+        shared = item.detach()
+        received = collectives.broadcast(shared.contiguous(), from_process)
+        if received.data_ptr() != shared.data_ptr():  # was not contiguous, so the copy was filled
+            shared.copy_(received)
+        return item
 
     return recursively_apply(leaf, tensor, error_on_other_type=True)
 

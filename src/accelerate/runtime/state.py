@@ -175,8 +175,11 @@ def _join(
         **settings.group_options,
     )
     leave_cleanly_at_exit(process)
-    debug = _flag(environ, "ACCELERATE_DEBUG_MODE")
     collectives: Collectives = TorchCollectives(device)
+    if process.source != "attached":
+        # A rank that is done at once would leave while others still join, and these would fail.
+        collectives.barrier()
+    debug = _flag(environ, "ACCELERATE_DEBUG_MODE")
     if debug:
         collectives = CheckedCollectives(collectives)
     return Runtime(

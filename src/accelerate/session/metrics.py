@@ -24,7 +24,9 @@ def gather_for_metrics(gradient_state: GradientState, input_data: Any, use_gathe
     Raises:
         WrongTypeError: (a `TypeError`) with several processes, for a mapping that has to travel as objects.
     """
-    as_objects = use_gather_object or not all(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(input_data))
+    leaves = list(tree_leaves(input_data))
+    # Nothing at all counts as objects: another rank's objects must meet it in the same operation.
+    as_objects = use_gather_object or not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves)
     if state.current_or_single().process.world_size == 1:
         return input_data
     if as_objects and isinstance(input_data, Mapping):

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from ..core.tree import tree_map
-from ..runtime import state
 from ..runtime.accumulation import GradientState
 from ..runtime.partial_state import PartialState
 from .scaling import LossScaling
@@ -51,8 +50,8 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         zero_grad = inspect.signature(optimizer.zero_grad).parameters
         self._zero_grad_takes_option = "set_to_none" in zero_grad
         if device_placement and optimizer.state:
-            device = state.current_or_single().device
-            optimizer.load_state_dict(move_to_device(optimizer.state_dict(), device))
+            # Torch moves each state to its parameter, and leaves on the CPU what belongs there (step counters).
+            optimizer.load_state_dict(optimizer.state_dict())
 
     def __getattr__(self, name: str) -> Any:
         if name == "optimizer":  # not yet set, as while unpickling

@@ -5,6 +5,7 @@ Owns the life of the group. The only code that calls `init_process_group`.
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from datetime import timedelta
 from types import TracebackType
