@@ -3,11 +3,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check bench full clean-exit parity
+.PHONY: setup demo test check full clean-exit bench
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
 
-# torch first and pinned: a later range would fetch a build with gigabytes of CUDA packages.
+# torch first, in the version we develop on. Where pip finds a CPU build of it, that saves gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
@@ -24,3 +24,16 @@ check: setup  ## style and types
 
 test: check  ## everything that runs without a GPU
 	$(BIN)/python -m pytest -m "not full"
+
+full: setup  ## the exhaustive forms too
+	$(BIN)/python -m pytest
+
+clean-exit: setup  ## 400 runs of 2 and 4 processes, each of which must end with status 0
+	$(BIN)/python -m pytest -m full tests/fault/test_clean_exit.py -s --timeout 0
+
+bench: setup .peer  ## time this library against hand-written PyTorch and Accelerate 1.15
+	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/startup.py
+
+.peer:
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ accelerate==1.15.0

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from data import loaders, network
 
 
-def train(epochs: int, batch_size: int, folder: Path, resume: bool) -> tuple[float, int]:
+def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -> tuple[float, int]:
     torch.manual_seed(0)
     train_loader, test_loader = loaders(batch_size)
     model = network()
@@ -27,7 +27,7 @@ def train(epochs: int, batch_size: int, folder: Path, resume: bool) -> tuple[flo
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
 
-    for epoch in range(start, epochs):
+    for epoch in range(start, min(epochs, stop)):
         model.train()
         for images, labels in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
             optimizer.zero_grad()
@@ -62,6 +62,7 @@ def evaluate(model: nn.Module, loader) -> tuple[float, int]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--stop-after", type=int, help="end after this epoch, to be resumed later")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--folder", type=Path, default=Path("output/digits"))
     parser.add_argument(
@@ -70,4 +71,4 @@ if __name__ == "__main__":
         help="continue from the last checkpoint in the folder",
     )
     options = parser.parse_args()
-    train(options.epochs, options.batch_size, options.folder, options.resume)
+    train(options.epochs, options.stop_after or options.epochs, options.batch_size, options.folder, options.resume)

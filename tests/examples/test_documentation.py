@@ -17,7 +17,7 @@ def blocks(page: str) -> list[str]:
 
 def run(code: str, folder: Path, *launcher: str) -> str:
     script = folder / "train.py"
-    script.write_text("import torch\ntorch.manual_seed(0)\n" + code)
+    script.write_text(code)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr

@@ -76,7 +76,7 @@ def work(options: argparse.Namespace, rank: int) -> None:
     if options.end in ("exit_3", "exit_text", "exception"):
         accelerator.wait_for_everyone()
     if options.end == "in_flight":
-        time.sleep(20)
+        time.sleep(12)
     if options.end == "ends":
         accelerator.end_training()
     if options.end == "destroys":

@@ -1,8 +1,9 @@
 """Every rank ends with the status its script gave it: 0 after finished work, and a failure's own status otherwise.
 
 The cause of the abort at exit and the cure stand in `accelerate.runtime.departure`. `exits.py` starts the ranks and lets
-their interpreters finalise. Its `--provoke` holds the GIL from the last collective on, which makes an event of about
-one in a hundred quiet runs an event of about one in three; with the cure it has to be none.
+their interpreters finalise. Its `--provoke` holds the GIL from the last collective on, which makes a rare event a common
+one: without the cure 92 of 100 runs of two processes and 99 of 100 of four aborted on a busy machine with two cores, and
+about a third on a quiet one (torch 2.13, Python 3.11). With the cure it has to be none.
 
 The full form, `pytest -m full tests/fault/test_clean_exit.py`, ends 200 runs of two and 200 of four processes, half of
 them without `end_training()`. `--unprotected` shows the rate without the cure:
@@ -85,7 +86,7 @@ def test_a_failing_rank_does_not_wait_for_a_collective_that_never_ends() -> None
     statuses, seconds, _, stderr = run_exits("--end", "in_flight", timeout=120)
     assert statuses[0][0] == 1, stderr
     assert "its last collective never ends" in stderr
-    assert seconds[0][0] < seconds[0][1] - 8, "rank 0 waited for rank 1, which slept 20 s"
+    assert seconds[0][0] < seconds[0][1] - 4, "rank 0 waited for rank 1, which slept 12 s"
 
 
 def test_torchrun_reports_the_rank_that_failed(tmp_path: Path) -> None:

@@ -25,7 +25,11 @@ def lazy_names(
         home = table.get(name)
         if home is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        value = getattr(importlib.import_module(f"accelerate.{home}"), name)
+        try:
+            value = getattr(importlib.import_module(f"accelerate.{home}"), name)
+        except AttributeError as error:
+            # Left as it is, Python would say that the name does not exist, and hide what really failed.
+            raise ImportError(f"{module}.{name} could not be loaded from accelerate.{home}: {error}") from error
         namespace[name] = value
         return value
 
