@@ -35,6 +35,19 @@ _HOMES = {
     "synchronize_rng_states": "runtime.rng",
 }
 
+_MODULES = (
+    "accelerator",
+    "checkpointing",
+    "data_loader",
+    "launchers",
+    "logging",
+    "memory_utils",
+    "optimizer",
+    "scheduler",
+    "state",
+    "utils",
+)
+
 if TYPE_CHECKING:
     from .accelerator import Accelerator as Accelerator
     from .core.available import is_rich_available as is_rich_available
@@ -66,4 +79,4 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", *sorted(_HOMES)]  # pyright: ignore[reportUnsupportedDunderAll]
 
-__getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, globals(), _MODULES)

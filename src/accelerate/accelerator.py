@@ -6,6 +6,7 @@ gather, save, end.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from . import precision
 from .checkpoint import weights
 from .core.enums import DistributedType, FP8BackendType, PrecisionType, RNGType
-from .core.errors import SettingError, explain
+from .core.errors import AccelerateError, SettingError, explain
 from .data.resume import skip_first_batches
 from .parallel.choose import choose
 from .parallel.ddp import sync_in_backward, verify_device_map
@@ -27,7 +28,9 @@ from .parallel.unwrap import extract_model_from_parallel
 from .runtime import ops
 from .runtime.accumulation import GradientState, plan_sync
 from .runtime.log import get_logger
-from .runtime.memory import clear_device_cache, release_memory
+from .runtime.memory import clear_device_cache
+from .runtime.rng import check_fit
+from .runtime.state import Runtime
 from .session import load as session_load
 from .session import metrics, uneven
 from .session import prepare as session_prepare
@@ -35,15 +38,17 @@ from .session import profile as session_profile
 from .session import save as session_save
 from .session.session import Session
 from .session.state import AcceleratorState
+from .session.views import ListView, SettingView
 from .settings import env
-from .settings.arguments import UNSET, resolve
+from .settings.arguments import UNSET, resolve, rng_types_from, whole_number
 from .settings.bag import KwargsHandler
 from .settings.options import absent
 from .settings.options.accumulation import GradientAccumulationPlugin
 from .settings.options.compile import TorchDynamoPlugin
 from .settings.options.data import DataLoaderConfiguration
-from .settings.options.handlers import AutocastKwargs, ProfileKwargs
+from .settings.options.handlers import AutocastKwargs, GradScalerKwargs, InitProcessGroupKwargs, ProfileKwargs
 from .settings.options.project import ProjectConfiguration
+from .settings.settings import Settings
 from .stepping import clip
 from .stepping.optimizer import AcceleratedOptimizer
 from .stepping.scheduler import AcceleratedScheduler
@@ -96,6 +101,20 @@ class Accelerator:
         ```
     """
 
+    # What clients read, and may assign before `prepare`.
+    device_placement = SettingView("device_placement")
+    dataloader_config = SettingView("data")
+    project_configuration = SettingView("project")
+    rng_types = SettingView("rng_types", read=lambda kinds: [kind.value for kind in kinds], write=rng_types_from)
+    step_scheduler_with_optimizer = SettingView("step_scheduler_with_optimizer")
+    ddp_handler = SettingView("handlers.ddp")
+    profile_handler = SettingView("handlers.profile")
+    _models = ListView("models")
+    _optimizers = ListView("optimizers")
+    _schedulers = ListView("schedulers")
+    _dataloaders = ListView("dataloaders")
+    _custom_objects = ListView("custom_objects")
+
     def __init__(
         self,
         device_placement: bool = True,
@@ -123,59 +142,81 @@ class Accelerator:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         settings = resolve(arguments, env.read())
         handlers = settings.handlers
+        existed = bool(AcceleratorState._shared_state)
         self.state = AcceleratorState(
-            mixed_precision=settings.mixed_precision and settings.mixed_precision.value,
+            # Only what this call asks for can contradict an earlier one; the variable was heard by that one already.
+            mixed_precision=settings.mixed_precision if mixed_precision is not None else None,
             cpu=settings.cpu,
             dynamo_plugin=settings.compile,
             _from_accelerator=True,
             **(handlers.init.to_kwargs() if handlers.init else {}),
         )
-        runtime = self.state._runtime
+        try:
+            plan = self._plan(settings)
+        except AccelerateError:
+            if not existed:  # a call that failed must leave nothing for the next one to contradict
+                AcceleratorState._reset_state()
+            raise
+        self._session = Session(plan, choose(plan))
+        self._keep_public_attributes(plan)
+
+    def _plan(self, settings: Settings) -> ParallelPlan:
+        runtime: Runtime = self.state._runtime
+        check_fit(settings.rng_types, runtime.hardware)
         origin = settings.origin.get("mixed_precision", "")
         chosen = precision.choose(
             PrecisionType(self.state.mixed_precision),
             runtime.hardware,
-            autocast=handlers.autocast,
-            scaler=handlers.scaler,
+            autocast=settings.handlers.autocast,
+            scaler=settings.handlers.scaler,
             origin=f" ({origin})" if origin else "",
         )
-        plan = ParallelPlan(settings=settings, runtime=runtime, precision=chosen)
-        self._session = Session(plan, choose(plan))
-        self._keep_public_attributes(plan)
+        return ParallelPlan(settings=settings, runtime=runtime, precision=chosen)
 
     def _keep_public_attributes(self, plan: ParallelPlan) -> None:
-        settings, handlers = plan.settings, plan.settings.handlers
-        self.gradient_state = GradientState(gradient_accumulation_plugin=settings.accumulation)
+        self.gradient_state = GradientState(gradient_accumulation_plugin=plan.settings.accumulation)
+        self.gradient_state.sync_gradients = True  # an earlier run may have been broken off inside a window
         # Defaults are left out of plugin_kwargs, yet readers expect the number of steps there.
         self.gradient_state.plugin_kwargs.setdefault("num_steps", 1)
         self._precision = plan.precision
-        self.scaler = plan.precision.scaler
         self.native_amp = plan.precision.uses_autocast
-        self.device_placement = settings.device_placement
-        self.dataloader_config = settings.data
-        self.project_configuration = settings.project
-        self.rng_types = [kind.value for kind in settings.rng_types]
-        self.step_scheduler_with_optimizer = settings.step_scheduler_with_optimizer
-        self.autocast_handler = handlers.autocast
-        self.ddp_handler = handlers.ddp
-        self.scaler_handler = handlers.scaler
-        self.init_handler = handlers.init
-        self.profile_handler = handlers.profile
         self.step = 0
         self.flag_tensor: torch.Tensor | None = None
         self.trackers: list[Any] = []
         self.log_with: list[Any] = []
-        self._models = self._session.models
-        self._optimizers = self._session.optimizers
-        self._schedulers = self._session.schedulers
-        self._dataloaders = self._session.dataloaders
-        self._custom_objects = self._session.custom_objects
         self._alone = plan.runtime.process.world_size == 1
         self._backward_ran = self._alone
         # Engines that this version does not have; clients ask for them.
         self.fp8_recipe_handler = self.te_recipe_handler = self.msamp_recipe_handler = self.ao_recipe_handler = None
         self.fp8_enabled = self.has_fp8_handler = self.has_lomo_optimizer = self.delayed_fp8_autocast = False
         self.deepspeed_engine_wrapped = None
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The loss scaler of fp16; `None` in other precisions."""
+        return self._precision.scaler
+
+    @property
+    def scaler_handler(self) -> GradScalerKwargs | None:
+        """The options the loss scaler was made with."""
+        return self._session.plan.settings.handlers.scaler
+
+    @property
+    def init_handler(self) -> InitProcessGroupKwargs | None:
+        """The options the process group was made with."""
+        return self._session.plan.settings.handlers.init
+
+    @property
+    def autocast_handler(self) -> AutocastKwargs | None:
+        """The options of autocast; may be assigned at any time."""
+        return self._session.plan.settings.handlers.autocast
+
+    @autocast_handler.setter
+    def autocast_handler(self, options: AutocastKwargs | None) -> None:
+        settings = self._session.plan.settings
+        handlers = dataclasses.replace(settings.handlers, autocast=options)
+        self._session.change(dataclasses.replace(settings, handlers=handlers))
+        self._precision.set_options(options)
 
     # Process control ---------------------------------------------------------------------------------------------
 
@@ -383,11 +424,13 @@ class Accelerator:
         Returns:
             As many `None` as there are arguments, to assign them to: `model, optimizer = free_memory(model, optimizer)`.
         """
+        count = len(objects)
+        del objects  # or this frame would hold them while memory is collected
         self._session.forget()
         self.step = 0
-        freed = release_memory(*objects)
+        self.gradient_state.sync_gradients = True
         clear_device_cache(garbage_collection=True)
-        return freed
+        return [None] * count
 
     def clear(self, *objects: Any) -> list[None]:
         """The same as `free_memory`."""
@@ -411,7 +454,8 @@ class Accelerator:
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, gradient_accumulation_steps: int) -> None:
-        self.gradient_state.plugin_kwargs.update(num_steps=gradient_accumulation_steps)
+        steps = whole_number(gradient_accumulation_steps, "gradient_accumulation_steps")
+        self.gradient_state.plugin_kwargs.update(num_steps=steps)
 
     def accumulate(self, *models: torch.nn.Module) -> AbstractContextManager[Any]:
         """Return the region for one batch; at the end of each window gradients synchronise and optimizers step.
@@ -515,6 +559,15 @@ class Accelerator:
         scaling = self._session.scaling
         if scaling is None:
             return
+        if not self.sync_gradients:
+            raise SettingError(
+                explain(
+                    "unscale_gradients() was called inside a window of accumulation: the gradients to come are scaled, and "
+                    "would be added to unscaled ones.",
+                    accepted="a call in the last batch of the window",
+                    remedy="Write: if accelerator.sync_gradients: accelerator.unscale_gradients().",
+                )
+            )
         chosen: Any = self._optimizers if optimizer is None else optimizer
         chosen = chosen if isinstance(chosen, (list, tuple)) else [chosen]
         scaling.unscale(getattr(item, "optimizer", item) for item in chosen)
@@ -801,9 +854,13 @@ class Accelerator:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """End the run and forget its state, so that another one can be set up in this process."""
+        """End the run and forget its state, so that another one can be set up in this process.
+
+        After an exception the group is left to the end of the process: leaving it could wait for ranks that are gone.
+        """
         self._session.forget()
-        self.end_training()
+        if error is None:
+            self.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
 

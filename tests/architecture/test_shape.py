@@ -64,7 +64,7 @@ def test_lazy_faces_hold_one_table(path):
                 typed.update({alias.name: item.module for alias in item.names})
         else:
             functions += [node] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
-    assert assigned == ["_HOMES", "__all__", "__getattr__", "__dir__"]
+    assert assigned == ["_HOMES", "_MODULES", "__all__", "__getattr__", "__dir__"]
     assert functions == []
     assert typed == table
 

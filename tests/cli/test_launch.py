@@ -160,6 +160,79 @@ def test_a_signal_reaches_the_script(place):
         assert child.wait(30) == 9
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["show.py", "--", "a", "--", "b"], ["--", "a", "--", "b"]),
+        (["show.py", "a", "--", "b"], ["a", "--", "b"]),
+        (["--", "show.py", "--cpu", "--"], ["--cpu", "--"]),
+        (["-qn", "1", "--gpu-ids", "all", "--tee=0", "show.py", "-n", "7"], ["-n", "7"]),
+        (["-n1", "show.py"], []),
+    ],
+)
+def test_everything_behind_the_script_reaches_it_untouched(place, words, expected):
+    done = accelerate("launch", *words)
+
+    assert json.loads(done.stdout)["argv"] == ["show.py", *expected], done.stderr
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_caller_that_is_asked_to_end_ends_its_script_first(place, sent):
+    (place / "s.py").write_text(
+        "import os, signal, sys, time\n"
+        f"signal.signal({int(sent)}, lambda *_: sys.exit(3))\n"
+        "print(os.getpid(), flush=True)\ntime.sleep(60)"
+    )
+    (place / "caller.py").write_text(
+        "from accelerate.commands.launch import launch_command, launch_command_parser\n"
+        "from accelerate.launch.report import WorkersFailed\n"
+        "try:\n    launch_command(launch_command_parser().parse_args(['s.py']))\n"
+        "except WorkersFailed as error:\n    print(error.status, error)\n"
+        "except KeyboardInterrupt:\n    print('interrupted')\n"
+    )
+    # In a session of its own, as under a job scheduler: no terminal sends the signal to the script.
+    with subprocess.Popen(
+        [sys.executable, "caller.py"], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as child:
+        assert child.stdout is not None
+        script = int(child.stdout.readline())
+        child.send_signal(sent)
+        said = child.communicate(timeout=30)[0]
+
+    with pytest.raises(ProcessLookupError):
+        os.kill(script, 0)
+    expected = f"{128 + sent} accelerate: the launcher received {sent.name} and passed it on to the script\n"
+    assert said == ("interrupted\n" if sent == signal.SIGINT else expected)
+
+
+def test_the_default_file_is_left_aside_with_cpu_and_that_is_said(place):
+    file = place / "hub" / "accelerate" / "default_config.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nmixed_precision: bf16\n")
+
+    done = accelerate("launch", "--cpu", "show.py")
+    quiet = accelerate("launch", "-q", "--cpu", "show.py")
+    file.write_text("distributed_type: MULTI_CPU\n")
+    same = accelerate("launch", "--cpu", "show.py")
+
+    assert json.loads(done.stdout)["env"]["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert done.stderr == (
+        f"accelerate launch: --cpu leaves {file} aside, which has something to say about: num_processes, "
+        "mixed_precision. Name it with --config_file to have it used.\n"
+    )
+    assert (quiet.stderr, same.stderr) == ("", "")
+
+
+def test_nobody_has_to_read_a_dry_run_to_its_end(place):
+    command = [sys.executable, "-m", "accelerate", "launch", "--dry-run", "show.py"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as nobody:
+        done = subprocess.run(command, stdout=nobody, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 # --- several processes -------------------------------------------------------------------------------------
 
 
@@ -255,7 +328,7 @@ def test_a_signal_to_the_launcher_ends_the_workers(place):
         _, errors = child.communicate(timeout=30)
 
     assert child.returncode == 143
-    assert errors.strip().splitlines()[-1] == "accelerate: the launcher received SIGTERM and ended the workers"
+    assert errors == "accelerate: the launcher received SIGTERM and ended the workers\n", "torch says nothing itself"
     for file in files:
         with pytest.raises(ProcessLookupError):
             os.kill(int(file.read_text()), 0)
@@ -269,6 +342,63 @@ def test_failed_workers_are_started_again_when_asked(place):
     done = accelerate("launch", "--cpu", "--max_restarts", "1", "s.py")
 
     assert (done.returncode, done.stdout) == (0, "try 0\ntry 1\n")
+
+
+def test_a_folder_for_logs_gets_both_streams_of_every_process(place):
+    (place / "s.py").write_text("import os, sys\nprint('out', os.environ['RANK'])\nprint('err', file=sys.stderr)")
+
+    done = accelerate("launch", "--cpu", "-n", "2", "--log_dir", "logs", "s.py")
+
+    found = {str(file.relative_to(file.parents[1])): file.read_text() for file in (place / "logs").rglob("std*.log")}
+    assert found == {
+        "0/stdout.log": "out 0\n",
+        "1/stdout.log": "out 1\n",
+        "0/stderr.log": "err\n",
+        "1/stderr.log": "err\n",
+    }
+    assert "out 0" in done.stdout
+    assert "out 1" in done.stdout
+
+
+def test_a_worker_can_launch_a_script_of_its_own(place):
+    (place / "inner.py").write_text(
+        "from accelerate import Accelerator\nprint('inner alone:', Accelerator(cpu=True).num_processes, flush=True)"
+    )
+    (place / "outer.py").write_text(
+        "import subprocess, sys\n"
+        "command = [sys.executable, '-m', 'accelerate', 'launch', '--cpu', '--num_processes', '1', 'inner.py']\n"
+        "sys.exit(subprocess.run(command, timeout=40).returncode)"
+    )
+
+    done = accelerate("launch", "--cpu", "-n", "2", "outer.py")
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "inner alone: 1\n" * 2
+
+
+CAUSE = """
+import atexit, os, pathlib, time
+from accelerate import Accelerator
+accelerator = Accelerator()
+note = pathlib.Path(os.environ["TORCHELASTIC_ERROR_FILE"])
+if accelerator.process_index == 1:
+    atexit.register(time.sleep, 20)  # its end takes longer than that of rank 0
+    raise ValueError("boom")
+while not note.parent.with_name("1").joinpath(note.name).exists():
+    time.sleep(0.05)
+raise RuntimeError("Connection closed by peer")
+"""
+
+
+def test_the_rank_that_raised_is_named_though_another_one_ends_before_it(place):
+    (place / "s.py").write_text(CAUSE)
+
+    done = accelerate("launch", "--cpu", "-n", "2", "s.py")
+
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("accelerate: rank 1 of 2 (")
+    assert last.endswith("exited with code 1: ValueError: boom")
 
 
 # --- what is refused ---------------------------------------------------------------------------------------
@@ -290,7 +420,8 @@ def test_failed_workers_are_started_again_when_asked(place):
         (["--cpu", "--multi_gpu", "show.py"], "cpu=True (from --cpu) contradicts multi_gpu=True (from --multi_gpu)"),
         (["--mixed_precision", "fp32", "show.py"], "invalid choice: 'fp32'"),
         (["--config_file", "none.yaml", "show.py"], "The configuration file none.yaml does not exist."),
-        ([], "the following arguments are required: SCRIPT"),
+        ([], "the following arguments are required: SCRIPT\n"),
+        (["--no_python", "./show.py"], "'./show.py' cannot be run: it is not an executable file"),
         (["--cpu", "-n", "2", "--tee", "9", "show.py"], "tee='9' is not known (from --tee)."),
     ],
 )

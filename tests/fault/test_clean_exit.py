@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from accelerate.runtime import departure
 
 EXITS = Path(__file__).with_name("exits.py")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch._dynamo  # here, and not in each of the processes
 
 from ..support.ranks import run_on_ranks
 from .deliberate import DIFFERENCES

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from typing import Any
 
 import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, WeightedRandomSampler
 
-from accelerate.data.dispatcher import DataLoaderDispatcher, DispatchError
+from accelerate.data.dispatcher import DataLoaderDispatcher
 from accelerate.data.loader import DataLoaderShard
 from accelerate.data.prepare import get_sampler, prepare_data_loader
+from accelerate.data.protocol import DispatchError
 from accelerate.data.resume import skip_first_batches
 from accelerate.data.samplers import BatchSamplerShard, IterableDatasetShard, SeedableRandomSampler
 from accelerate.runtime.accumulation import GradientState
@@ -430,3 +432,141 @@ def inspect_prepared() -> list[Any]:
 def test_prepared_loader_has_the_attributes_clients_use():
     for _, whole in run_on_ranks(inspect_prepared, 2):
         assert whole == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 0, 1]]
+
+
+def collate_in_defaultdict(samples: list[int]) -> Any:
+    batch = defaultdict(list)
+    batch["x"] = torch.ones(len(samples), 1000)
+    batch["labels"] = torch.tensor(samples)
+    batch["empty"] = batch["never filled"]
+    return batch
+
+
+def edit_labels_before_backward() -> list[Any]:
+    PartialState(cpu=True)
+    loader = prepare(DataLoader(Counting(8), batch_size=2, collate_fn=collate_in_defaultdict))
+    weight = torch.ones(1000, requires_grad=True)
+    found = []
+    for batch in loader:
+        loss = (batch["x"] * weight).sum()
+        batch["labels"][:] = -100
+        loss.backward()
+        found.append((type(batch), batch["anything"], batch["labels"].untyped_storage().nbytes()))
+    return found
+
+
+def test_each_tensor_a_rank_gets_is_its_own():
+    ranks = run_on_ranks(edit_labels_before_backward, 2, timeout=30)
+    assert ranks == [[(defaultdict, [], 16)] * 2] * 2
+
+
+class Widening(IterableDataset):
+    """Batches padded to their own width, as dynamic padding makes them."""
+
+    def __init__(self, *widths: int) -> None:
+        self.widths = widths
+
+    def __iter__(self) -> Any:
+        return iter([torch.ones(2, width) for width in self.widths])
+
+
+def read_widening() -> list[Any]:
+    PartialState(cpu=True)
+    found: list[Any] = [tuple(batch.shape) for batch in prepare(DataLoader(Widening(1, 2, 3, 4), batch_size=None))]
+    with pytest.raises(DispatchError, match=r"different shapes: \(3, 3\), \(1, 1\).*\n.*\n.*drop_last=True"):
+        list(prepare(DataLoader(WideningLast(), batch_size=None)))
+    return found
+
+
+class WideningLast(Widening):
+    """The last step has to be topped up, with rows of another width."""
+
+    def __init__(self) -> None:
+        super().__init__(1, 1)
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
+        yield torch.ones(3, 3)
+
+
+def test_batches_of_different_widths_are_joined_only_where_they_must_be():
+    ranks = run_on_ranks(read_widening, 2, timeout=30)
+    assert ranks == [[(2, 1), (2, 3)], [(2, 2), (2, 4)]]
+
+
+def collate_unpicklable(samples: list[int]) -> Any:
+    return {"x": torch.tensor(samples), "call": (lambda: 1) if 6 in samples else "none"}
+
+
+def collate_unpackable(samples: list[int]) -> Any:
+    return {"x": torch.tensor(samples), "y": torch.empty(len(samples), device="meta" if 6 in samples else "cpu")}
+
+
+def fail_after_reading() -> list[Any]:
+    PartialState(cpu=True)
+    found: list[Any] = []
+    for collate, words in ((collate_unpicklable, "pickle"), (collate_unpackable, "meta")):
+        got: list[Any] = []
+        with pytest.raises(DispatchError, match=f"(?s)Rank 0 could not read or send.*{words}"):
+            for batch in prepare(DataLoader(range(12), batch_size=2, collate_fn=collate), dispatch_batches=True):
+                got.append(batch["x"].tolist())
+        found.append(got)
+    found.append(numbers(prepare(DataLoader(Counting(4), batch_size=1))))
+    return found
+
+
+def test_a_batch_that_cannot_be_sent_is_refused_on_every_rank():
+    ranks = run_on_ranks(fail_after_reading, 2, timeout=30)
+    assert ranks == [[[[0, 1]], [[0, 1]], [[0], [2]]], [[[2, 3]], [[2, 3]], [[1], [3]]]]
+
+
+def draw_after_the_first_batch() -> list[Any]:
+    state = PartialState(cpu=True)
+    found = []
+    for shuffle in (False, True):
+        torch.manual_seed(state.process_index)
+        loader = prepare(
+            DataLoader(range(8), batch_size=2, shuffle=shuffle), dispatch_batches=True, rng_types=["torch", "generator"]
+        )
+        next(iter(loader))
+        found.append(torch.rand(1).item())
+    return found
+
+
+def test_dispatching_makes_the_named_generators_equal_too():
+    ranks = run_on_ranks(draw_after_the_first_batch, 2, timeout=30)
+    assert ranks[0] == ranks[1]
+
+
+def leave_at(steps: tuple[int, int], sizes: tuple[int, ...]) -> Any:
+    state = PartialState(cpu=True)
+    loader = prepare(DataLoader(Varying(*sizes), batch_size=None))
+    try:
+        for step, _ in enumerate(loader, start=1):
+            if step == steps[state.process_index]:
+                break
+        return numbers(loader)
+    except RuntimeError as error:  # of the protocol; or of gloo, where the other rank has gone
+        return str(error)
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 10, (1, 1, 2, 2, 3, 3, 4, 4)], ids=["same layout", "other layouts"])
+def test_leaving_a_dispatched_loop_at_different_steps_is_noticed(sizes):
+    first, second = run_on_ranks(leave_at, 2, (2, 2), sizes, timeout=30)
+    assert sorted(sum(first + second, [])) == list(range(sum(sizes)))
+    ahead = run_on_ranks(leave_at, 2, (1, 2), sizes, timeout=30)[1]
+    assert "after 1 steps, or is still in it, and rank 0 took 1 steps" in ahead
+    behind = run_on_ranks(leave_at, 2, (2, 1), sizes, timeout=30)[1]
+    assert "after 1 steps, or is still in it, and rank 0 took more steps" in behind
+
+
+def skip_then_prepare() -> list[Any]:
+    PartialState(cpu=True)
+    loader = prepare(skip_first_batches(DataLoader(range(10), batch_size=2), 1))
+    state = GradientState()
+    return [(state.remainder, batch.tolist()) for batch in loader]
+
+
+def test_what_was_skipped_before_sharing_out_is_not_part_of_the_remainder():
+    ranks = run_on_ranks(skip_then_prepare, 2)
+    assert ranks == [[(0, [2, 3]), (0, [6, 7])], [(0, [4, 5]), (0, [8, 9])]]

@@ -437,7 +437,7 @@ def test_optimizer_of_another_model() -> None:
     new = copy.deepcopy(old)
     text = error_of(lambda: accelerator.prepare(new, optimizer))
     assert "the optimizer SGD, which holds no parameter of any prepared model" in text
-    assert "the model Linear, whose parameters no optimizer holds" in text
+    assert "the model Linear with parameters of the same shapes, which no optimizer holds" in text
     assert "Accepted: an optimizer made from the parameters of the model that is trained." in text
     assert accelerator._models == []
     assert accelerator._optimizers == []

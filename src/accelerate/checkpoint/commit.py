@@ -181,8 +181,7 @@ def _prepare(final: Path, fresh: bool) -> bool:
     else:
         durable.make_folder(final.parent)
     area = _area(final, inside)
-    if area.root.exists():
-        shutil.rmtree(area.root)
+    _remove(area.root)
     area.staging.mkdir(parents=True)
     return inside
 
@@ -280,17 +279,34 @@ def rotate(folders: Path, total_limit: int | None, newest: str) -> list[str]:
 
     What crashed processes left there goes too. Each one leaves under another name first, so that a crash never
     leaves half a checkpoint under its own.
+
+    Raises:
+        OSError: If something could not be removed. Leftovers do not keep checkpoints from being removed.
     """
     names = [path.name for path in folders.iterdir()]
+    stuck: OSError | None = None
     for name in names:
         if name.startswith((layout.REMOVING_PREFIX, layout.SAVING_NAME)):
-            shutil.rmtree(folders / name)
+            try:
+                _remove(folders / name)
+            except OSError as error:
+                stuck = error
     removed = layout.plan_rotation(names, total_limit, newest)
     for name in removed:
         aside = folders / f"{layout.REMOVING_PREFIX}{name}"
         os.rename(folders / name, aside)
         shutil.rmtree(aside)
+    if stuck is not None:
+        raise stuck
     return removed
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _describe(error: BaseException) -> str:

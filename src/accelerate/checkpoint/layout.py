@@ -58,7 +58,9 @@ REMOVING_PREFIX = ".accelerate-removing-"
 _CHECKPOINT = re.compile(r"checkpoint_(0|[1-9][0-9]*)")
 _NUMBER = r"(_[1-9][0-9]*)?"
 _SHARD = r"(-[0-9]{5}-of-[0-9]{5})?"
-_WEIGHTS = re.compile(rf"(model|pytorch_model){_NUMBER}{_SHARD}\.(safetensors|bin)(\.index\.json)?")
+_WEIGHTS = re.compile(rf"(model|pytorch_model)(?P<number>{_NUMBER}){_SHARD}\.(safetensors|bin)(\.index\.json)?")
+_OPTIMIZER = re.compile(rf"{OPTIMIZER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
+_SCHEDULER = re.compile(rf"{SCHEDULER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
 _STATE = re.compile(
     rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?"
     r"|scaler|random_states_[0-9]+|custom_checkpoint_[0-9]+)\.(json|safetensors|bin|pkl|pt)"
@@ -118,6 +120,17 @@ def custom_indices(names: Iterable[str]) -> set[int]:
     """Return the numbers of the registered objects in a folder with these names, ours or the peer's."""
     found = (re.fullmatch(rf"{CUSTOM_NAME}_([0-9]+)\.(json|pkl)", name) for name in names)
     return {int(match.group(1)) for match in found if match}
+
+
+def count_saved(names: Iterable[str]) -> dict[str, int]:
+    """Count the models, optimizers and schedulers in a folder with these names, ours or the peer's."""
+    patterns = {"models": _WEIGHTS, "optimizers": _OPTIMIZER, "schedulers": _SCHEDULER}
+    found: dict[str, set[int]] = {kind: set() for kind in patterns}
+    for name in names:
+        for kind, pattern in patterns.items():
+            if match := pattern.fullmatch(name):
+                found[kind].add(int((match["number"] or "_0")[1:]))
+    return {kind: len(numbers) for kind, numbers in found.items()}
 
 
 def is_weights(name: str) -> bool:

@@ -90,7 +90,7 @@ def random_state(hardware: Hardware) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], hardware: Hardware) -> tuple[list[str], list[str]]:
-    """Set the random generators of this process; return those that `state` lacks, and those it is wrong for."""
+    """Set the random generators of this process; return those that have no match, and those it is wrong for."""
     setters = {
         "random_state": random.setstate,
         "numpy_random_seed": np.random.set_state,
@@ -103,8 +103,13 @@ def set_random_state(state: dict[str, Any], hardware: Hardware) -> tuple[list[st
         if name not in state:
             absent.append(f"{name} (not in the checkpoint)")
             continue
+        value = state[name]
+        if name == hardware.rng_key and isinstance(value, (list, tuple)) and len(value) > hardware.count():
+            # The run used to see more devices; those that are left go on.
+            absent.append(f"{name} of {len(value) - hardware.count()} devices (not visible here)")
+            value = value[: hardware.count()]
         try:
-            setter(state[name])
+            setter(value)
         except (TypeError, ValueError, RuntimeError, IndexError) as error:
             failed.append(f"{name} ({error})")
     return absent, failed
@@ -133,7 +138,7 @@ def load_random_state(folder: Path, rank: int, saved_ranks: int | None, hardware
         raise CheckpointError(explain(f"{folder / stem} holds a {type(state).__name__}, not random states."))
     absent, failed = set_random_state(state, hardware)
     if absent or failed:
-        # Absent ones were saved on another kind of device, which is no damage.
+        # Absent ones were saved on another kind or number of devices, which is no damage.
         _complain(f"Random states not restored on rank {rank}: {', '.join(absent + failed)}.", strict and bool(failed))
     return state
 

@@ -16,9 +16,19 @@ import torch
 
 from ..core.errors import CheckpointError, explain
 
+
+def _reconstruct(numpy: Any) -> Any:
+    """Return the function that pickles of arrays name; the module it lies in was renamed in numpy 2."""
+    # 1.26 has a `_core` without it already.
+    new = getattr(getattr(numpy, "_core", None), "multiarray", None)
+    return (new or numpy.core.multiarray)._reconstruct
+
+
 # What an array of numbers is made of in a pickle; needed for numpy's random state in the peer's files.
 _NUMPY_PARTS: list[Any] = [
-    np._core.multiarray._reconstruct,  # pyright: ignore[reportAttributeAccessIssue]
+    # Under both names, because a file may come from the other numpy.
+    (_reconstruct(np), "numpy._core.multiarray._reconstruct"),
+    (_reconstruct(np), "numpy.core.multiarray._reconstruct"),
     np.ndarray,
     np.dtype,
     *(type(np.dtype(code)) for code in "?bBhHiIlLqQefdFD"),

@@ -7,13 +7,15 @@ Owns the parser. What is asked for becomes a `LaunchRequest`, a plan is made of 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import SettingError, explain
+from ..core.errors import AccelerateError, SettingError, explain
 from ..launch import machine
 from ..launch.plan import LaunchPlan, plan, show
 from ..launch.report import WorkersFailed
@@ -89,6 +91,7 @@ def _prepared(args: argparse.Namespace) -> LaunchPlan | None:
     environ = env.read()
     request = request_from(args)
     planned = plan(request, machine.survey(request, environ))
+    planned = replace(planned, notes=(*planned.notes, *_set_aside(args, request, environ)))
     if args.dry_run:
         print(show(planned, request))
         return None
@@ -100,13 +103,17 @@ def _prepared(args: argparse.Namespace) -> LaunchPlan | None:
 
 def request_from(args: argparse.Namespace) -> LaunchRequest:
     """Make a request of a namespace: what was given on the command line, or changed afterwards."""
-    flags = {name: getattr(args, name) for name in REQUEST_FIELDS if _was_given(args, name)}
+    flags = _flags(args)
     file = _file(args, on_cpu=bool(flags.get("cpu")))
     request = LaunchRequest.merge(
         flags, file, env.read(), script=args.training_script, script_args=tuple(args.training_script_args)
     )
     _check_script(request)
     return request
+
+
+def _flags(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in REQUEST_FIELDS if _was_given(args, name)}
 
 
 _DEFAULTS: dict[str, Any] = {}
@@ -127,13 +134,41 @@ def _file(args: argparse.Namespace, *, on_cpu: bool) -> config_file.ConfigFile |
     return config_file.read(default) if not on_cpu and default.is_file() else None
 
 
+def _set_aside(args: argparse.Namespace, request: LaunchRequest, environ: Mapping[str, str]) -> list[str]:
+    """Say that the default configuration file was not read, if that made a difference."""
+    default = config_file.default_file()
+    if args.config_file is not None or not args.cpu or not default.is_file():
+        return []
+    try:
+        read = config_file.read(default)
+        with_file = LaunchRequest.merge(
+            _flags(args), read, environ, script=request.script, script_args=request.script_args
+        )
+    except (AccelerateError, OSError):
+        return [f"--cpu leaves {default} aside, which could not be used."]
+    else:
+        names = [item.name for item in fields(request) if item.compare]
+        changed = [name for name in names if getattr(with_file, name) != getattr(request, name)]
+    if not changed:
+        return []
+    about = f"which has something to say about: {', '.join(changed)}"
+    return [f"--cpu leaves {default} aside, {about}. Name it with --config_file to have it used."]
+
+
 def _check_script(request: LaunchRequest) -> None:
     """Refuse a script that is not there, before anything heavy is loaded."""
     if request.module:
         return
-    there = shutil.which(request.script) if request.no_python else Path(request.script).exists()
-    if there:
+    there = Path(request.script).exists()
+    if shutil.which(request.script) if request.no_python else there:
         return
+    if there and request.no_python and os.path.dirname(request.script):
+        raise SettingError(
+            explain(
+                f"{request.script!r} cannot be run: it is not an executable file (the program after --no_python).",
+                remedy=f"Run `chmod +x {request.script}`, or leave --no_python out if it is a Python file.",
+            )
+        )
     what = "a program on the PATH, or the path of one" if request.no_python else "the path of a Python file"
     raise SettingError(
         explain(

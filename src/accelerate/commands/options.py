@@ -113,12 +113,16 @@ WORKERS = (
     Option("monitor_interval", "Seconds between two looks at the workers.", float, 0.1),
     Option(
         "tee",
-        "Copy the workers' output to --log_dir as well: 1 for stdout, 2 for stderr, 3 for both.",
+        "Copy the workers' output into files as well: 1 for stdout, 2 for stderr, 3 for both.",
         default="0",
         short="-t",
         shown="N",
     ),
-    Option("log_dir", "Folder for the workers' logs.", shown="FOLDER"),
+    Option(
+        "log_dir",
+        "Folder for the workers' output, one file for each stream and worker; without --tee, both streams are copied.",
+        shown="FOLDER",
+    ),
     Option("role", "Name of the workers, for logs.", default="default", shown="NAME"),
 )
 
@@ -201,7 +205,9 @@ def add_launch_options(parser: CustomArgumentParser) -> None:
         for option in options:
             option.add_to(group)
     parser.add_argument("training_script", type=str, metavar="SCRIPT", help="What to run.")
-    parser.add_argument(
+    rest = parser.add_argument(
         "training_script_args", nargs=argparse.REMAINDER, metavar="ARGS", help="Everything after it is passed on to it."
     )
+    rest.required = False  # argparse would ask for it along with a missing script
+    parser.rest = rest.dest
     parser.explain_unknown = explain_absent

@@ -6,6 +6,7 @@ Owns the two spellings of a flag, the record of which flags were given, and how 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -15,6 +16,9 @@ from ..launch.report import WorkersFailed
 
 USAGE_STATUS = 2
 """Exit status when a command line or a file is wrong, as argparse has it."""
+
+BROKEN_PIPE_STATUS = 141
+"""Exit status when nobody reads the output any more, as a shell shows it for other programs."""
 
 
 class _Store(argparse._StoreAction):
@@ -77,6 +81,8 @@ class CustomArgumentParser(argparse.ArgumentParser):
         self.register("action", "store_true", _StoreTrue)
         self.explain_unknown: Callable[[str], str] | None = None
         """Says more about a flag that this parser does not have."""
+        self.rest: str | None = None
+        """Name of the last argument, if that takes all words behind the one before it as they are, `--` included."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
         return super().add_argument(*_spellings(args), **kwargs)
@@ -93,6 +99,43 @@ class CustomArgumentParser(argparse.ArgumentParser):
         if unknown:
             self.error(self.describe_unknown(unknown))
         return found
+
+    def parse_known_args(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, args: Any = None, namespace: Any = None
+    ) -> tuple[Any, list[str]]:
+        words = list(sys.argv[1:] if args is None else args)
+        end = self._end_of_flags(words) if self.rest is not None else len(words)
+        found, unknown = super().parse_known_args(words[:end], namespace)
+        if self.rest is not None:
+            setattr(found, self.rest, words[end:])
+        return found, unknown
+
+    def _end_of_flags(self, words: Sequence[str]) -> int:
+        """Return how many words stand up to the first one that is neither a flag nor the value of one."""
+        place = 0
+        while place < len(words):
+            word = words[place]
+            place += 1
+            if word == "--":
+                return place + 1
+            if not word.startswith("-") or word == "-":
+                return place
+            if self._takes_next(word):
+                place += 1
+        return place
+
+    def _takes_next(self, word: str) -> bool:
+        """Tell whether a flag takes the next word as its value."""
+        known = self._option_string_actions
+        if word in known:
+            return known[word].nargs != 0
+        if word.startswith("--"):
+            return False  # it has its value behind `=`, or nobody knows it
+        for place in range(1, len(word)):  # short flags written as one word, such as -qn 2
+            action = known.get(f"-{word[place]}")
+            if action is None or action.nargs != 0:
+                return action is not None and place == len(word) - 1
+        return False
 
     def describe_unknown(self, unknown: Sequence[str]) -> str:
         """Say what is wrong with words that no flag takes, naming the nearest flag."""
@@ -115,6 +158,11 @@ def run(command: Callable[[Any], object], args: Any, name: str) -> None:
     """Run a command from a terminal: an error of ours becomes a paragraph and an exit status."""
     try:
         command(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read our output has had enough, as `head` does. What is still unwritten must go somewhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(BROKEN_PIPE_STATUS)
     except WorkersFailed as error:
         sys.stdout.flush()
         print(error, file=sys.stderr)

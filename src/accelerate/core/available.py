@@ -20,7 +20,10 @@ def is_installed(module: str, distribution: str | None = None) -> bool:
     A folder named like a package (`wandb/` beside the script) is importable but not installed, hence the
     second question.
     """
-    if importlib.util.find_spec(module) is None:
+    try:
+        if importlib.util.find_spec(module) is None:
+            return False
+    except ValueError:  # something stands in for the module, as in tests, and has no specification
         return False
     try:
         importlib.metadata.version(distribution or module)

@@ -6,12 +6,12 @@ Owns the `__getattr__` behind `accelerate` and `accelerate.utils`, so that impor
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 
 def lazy_names(
-    module: str, table: Mapping[str, str], namespace: dict[str, Any]
+    module: str, table: Mapping[str, str], namespace: dict[str, Any], modules: Collection[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Make `__getattr__` and `__dir__` for a module whose names live elsewhere (PEP 562).
 
@@ -19,10 +19,13 @@ def lazy_names(
         module: The `__name__` of the module that offers the names.
         table: Public name -> the module that defines it, relative to `accelerate` (`"session.state"`).
         namespace: The `globals()` of the offering module; a resolved name is kept there.
+        modules: Modules below it that are loaded on first use too: `accelerate.utils` after `import accelerate`.
     """
 
     def __getattr__(name: str) -> Any:
         home = table.get(name)
+        if home is None and name in modules:
+            return importlib.import_module(f"{module}.{name}")
         if home is None:
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         try:
@@ -34,6 +37,6 @@ def lazy_names(
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*namespace, *table})
+        return sorted({*namespace, *table, *modules})
 
     return __getattr__, __dir__

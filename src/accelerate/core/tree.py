@@ -36,11 +36,21 @@ def tree_map(leaf: Callable[[Any], Any], data: Any) -> Any:
 
 def rebuild_mapping(original: Any, items: dict[Any, Any]) -> Any:
     """Make a mapping of the type of `original` from `items`."""
-    if type(original) is dict:
+    return make_mapping(type(original), default_factory(original), items)
+
+
+def default_factory(mapping: Any) -> Any:
+    """Return what fills missing places of a `defaultdict`; `None` for other mappings."""
+    return mapping.default_factory if isinstance(mapping, defaultdict) else None
+
+
+def make_mapping(kind: type, factory: Any, items: dict[Any, Any]) -> Any:
+    """Make a mapping of type `kind` from `items`, where no original is at hand."""
+    if kind is dict:
         return items
-    if isinstance(original, defaultdict):
-        return type(original)(original.default_factory, items)
-    return type(original)(items)
+    if issubclass(kind, defaultdict):
+        return kind(factory, items)
+    return kind(items)
 
 
 def tree_leaves(data: Any) -> Iterator[Any]:

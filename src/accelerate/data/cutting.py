@@ -10,6 +10,8 @@ dimensions) belongs to the batch as a whole and goes to every shard.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -50,17 +52,22 @@ class Cutter:
         self.split = split
         self.drop_last = drop_last
         self.slice_fn = slice_fn
-        self._opening: tuple[Any, int] | None = None
+        self._opening: list[tuple[Any, int]] = []
 
     def remember_opening(self, batches: list[Any]) -> None:
-        """Keep the first rows of a pass's first read; short reads are topped up with them."""
-        if self._opening is None and not self.drop_last and self.count > 1:
-            whole, rows = self._join(batches)
-            kept = min(rows, self.count - 1)
-            self._opening = (
-                _map_rows(whole, rows, lambda data: _take(data, list(range(kept)))),
-                kept,
-            )
+        """Keep the first rows of a pass's first read; short reads are topped up with them.
+
+        They stay apart until they are needed: batches that were padded to different widths cannot be joined.
+        """
+        if self._opening or self.drop_last or self.count == 1:
+            return
+        missing = self.count - 1
+        for batch in batches:
+            rows = self._rows(batch)
+            kept = list(range(min(rows, missing)))
+            if kept:
+                self._opening.append((_map_rows(batch, rows, partial(_take, places=kept)), len(kept)))
+                missing -= len(kept)
 
     def cut(self, batches: list[Any]) -> tuple[list[Any], int]:
         """Return a piece for each shard, and the number of rows before topping up.
@@ -111,14 +118,15 @@ class Cutter:
         return _map_rows(whole, share * self.count, lambda data: data[mine])
 
     def _top_up(self, whole: Any, rows: int, target: int) -> Any:
-        assert self._opening is not None  # the first read was remembered, unless rows are dropped
-        opening, available = self._opening
-        extra = _map_rows(
-            opening,
-            available,
-            lambda data: _take(data, [i % available for i in range(target - rows)]),
-        )
-        return _join_nodes([whole, extra], [rows, target - rows])
+        parts, sizes, missing = [whole], [rows], target - rows
+        for part, size in cycle(self._opening):  # not empty: rows were read, and none are dropped
+            kept = list(range(min(size, missing)))
+            parts.append(_map_rows(part, size, partial(_take, places=kept)))
+            sizes.append(len(kept))
+            missing -= len(kept)
+            if not missing:
+                break
+        return _join_nodes(parts, sizes)
 
 
 def _take(data: Any, places: list[int]) -> Any:
@@ -150,13 +158,27 @@ def _has_rows(data: Any, rows: int) -> bool:
     return not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(data))
 
 
+def _join_tensors(tensors: list[torch.Tensor]) -> torch.Tensor:
+    if any(tensor.shape[1:] != tensors[0].shape[1:] for tensor in tensors):
+        raise SettingError(
+            explain(
+                "A step has to be cut from more than one batch, and their tensors have different shapes: "
+                f"{', '.join(str(tuple(tensor.shape)) for tensor in tensors)} (from the loader, with dispatch_batches on).",
+                accepted="tensors that differ in dimension 0 only, or batches of the same size in every step",
+                remedy="Pad all batches to one width, leave out the last batches with drop_last=True, or pass "
+                "dispatch_batches=False.",
+            )
+        )
+    return torch.cat(tensors)
+
+
 def _join_nodes(nodes: list[Any], sizes: list[int]) -> Any:
     first = nodes[0]
     if len(nodes) == 1:
         return first
     if all(_has_rows(node, rows) for node, rows in zip(nodes, sizes, strict=True)):
         if isinstance(first, torch.Tensor):
-            return torch.cat(nodes)
+            return _join_tensors(nodes)
         return type(first)([item for node in nodes for item in node])
     if isinstance(first, (list, tuple)):
         return honor_type(

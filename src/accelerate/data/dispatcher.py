@@ -1,49 +1,51 @@
 """The loader `prepare` returns when rank 0 reads for all.
 
-Owns the protocol between rank 0 and the others; how batches are cut is in `data.cutting`, how they become bytes in
-`data.packing`.
+Owns the steps of rank 0 and the others; how batches are cut is in `data.cutting`, how they become bytes in
+`data.packing`, what ranks tell each other besides in `data.protocol`.
 
 [Note: the protocol]
 A pass begins with an announcement, an object broadcast from rank 0: the layout of the messages to come, `None` when
 there is no batch at all, or a `Failure`. Then each step is one scatter of equal byte buffers. Each buffer begins
 with a header that says what comes next: a message of the same layout, another announcement, or nothing, because
 this was the last batch. So a steady step costs one collective, whatever the batch holds. Rank 0 reads one batch
-ahead to know. An error while reading is announced like a layout; every rank raises it at the same step.
+ahead to know. An error on rank 0 is announced like a layout; every rank raises it at the same step. Where a step can
+not be packed after its layout went out, an empty buffer goes in its place, and the announcement follows.
 """
 
 from __future__ import annotations
 
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 
-from ..core.errors import AccelerateError, explain
+from ..core.enums import RNGType
 from ..runtime import state
 from ..runtime.accumulation import GradientState
+from ..runtime.ops import send_to_device
 from ..runtime.partial_state import PartialState
+from ..runtime.rng import synchronize_rng_states
 from ..runtime.state import Runtime
 from .cutting import Cutter, count_rows
-from .loader import DataLoaderAdapter, DataLoaderStateMixin, known_batch_size, placement
+from .loader import NOTHING, DataLoaderAdapter, DataLoaderStateMixin, known_batch_size, placement
 from .packing import Layout, allocate, pack, read_header, unpack
+from .protocol import (
+    ANNOUNCED,
+    CLOSED,
+    FAILED,
+    LAST,
+    SAME,
+    Closed,
+    Failure,
+    Pass,
+    announce,
+    dispatch_error,
+    out_of_step,
+)
 from .shards import mesh_data_shard
-
-SAME, ANNOUNCED, LAST = 0, 1, 2
-"""What a header says comes next."""
-
-
-class DispatchError(AccelerateError, RuntimeError):
-    """Rank 0 could not read the next batch. Raised on all ranks, at the same step."""
-
-
-@dataclass(frozen=True)
-class Failure:
-    """An error on rank 0, on its way to the others."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class _Step:
 class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
     """A loader that reads on rank 0 and sends each process its slice.
 
-    All processes must iterate it together; each step is collective.
+    All processes must iterate it together; each step is collective. They must also leave a loop at the same step.
 
     Args:
         dataset: What to load from. Only rank 0's is read.
@@ -95,7 +97,12 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         self.iteration = iteration
         self._drop_last = _drop_last
         self._non_blocking = _non_blocking
+        # Set by `prepare`: where batches go, if not to the process's own device, and which random generators are made
+        # equal on all ranks when a pass begins.
+        self.device: torch.device | str | int | None = None
+        self.rng_types: Sequence[str | RNGType] | None = None
         self._scratch: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._pass = Pass()
 
     @property
     def state(self) -> PartialState:
@@ -123,10 +130,11 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         runtime = state.current_or_single()
+        place = self._placement(runtime)
+        self._close_broken_pass(runtime)
         self.begin()
-        self.set_epoch(self.iteration)
-        place = placement(runtime.device, self._non_blocking)
         try:
+            self.set_epoch(self.iteration)
             for batch, next_comes, observed in self._steps(runtime):
                 if next_comes == LAST:
                     self.end_of_dataloader = True
@@ -142,6 +150,11 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         self.adjust_state_dict_for_prefetch()
         self.end()
 
+    def _placement(self, runtime: Runtime) -> Callable[[Any], Any] | None:
+        if self.device is None or torch.device(self.device) == runtime.device:
+            return placement(runtime.device, self._non_blocking)
+        return partial(send_to_device, device=torch.device(self.device), non_blocking=self._non_blocking)
+
     def _steps(self, runtime: Runtime) -> Iterator[tuple[Any, int, int]]:
         shard_of = _shards_of_ranks(runtime.process.world_size, self.torch_device_mesh)
         if len(shard_of) == 1:
@@ -154,15 +167,15 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         """One process: only look one ahead."""
         cutter = Cutter(count=1, split=True, drop_last=self._drop_last, slice_fn=self.slice_fn)
         batches = islice(iter(self.base_dataloader), self._batches_to_skip(), None)
-        current = next(batches, None)
-        while current is not None:
+        current = next(batches, NOTHING)
+        while current is not NOTHING:
             self.adjust_state_dict_for_prefetch()
-            following = next(batches, None)
-            rows = count_rows(current) if following is None else None
+            following = next(batches, NOTHING)
+            rows = count_rows(current) if following is NOTHING else None
             piece = current if self.slice_fn is None else cutter.cut([current])[0][0]
             yield (
                 piece,
-                SAME if following is not None else LAST,
+                LAST if following is NOTHING else SAME,
                 -1 if rows is None else rows,
             )
             current = following
@@ -173,14 +186,17 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         # Where batches need no transfer, rank 0 keeps its own piece.
         received_here = placement(runtime.device, False) is not None
         steps = self._read_steps(max(shard_of) + 1)
+        current = self._pass
         announced: list[Layout] | None = None
         step, error = _next_step(steps)
+        self._synchronize()
         while step is not None:
             if step.layouts != announced:
                 announced = step.layouts
-                collectives.broadcast_object([announced[shard] for shard in shard_of])
-            self.adjust_state_dict_for_prefetch()
-            following, error = _next_step(steps)
+                error = announce(runtime, [announced[shard] for shard in shard_of])
+                if error is not None:
+                    break
+            following, error = _next_step(steps, self.adjust_state_dict_for_prefetch)
             if following is None and error is None:
                 header = (LAST, step.observed)
             else:
@@ -188,17 +204,22 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
                     SAME if following is not None and following.layouts == announced else ANNOUNCED,
                     -1,
                 )
-            message = self._send(runtime, step, header, shard_of, keep=not received_here)
+            message, failed = self._send(runtime, step, header, shard_of, keep=not received_here)
+            if failed is not None:
+                error = failed
+                break
+            current.advance(header[0], message.numel())
             yield (
                 (unpack(message, step.layouts[own]) if received_here else step.pieces[own]),
                 header[0],
                 header[1],
             )
             step = following
+        current.next_comes = LAST
         if error is not None:
-            failure = Failure("".join(traceback.format_exception(error)))
+            failure = Failure.of(error)
             collectives.broadcast_object(failure)
-            raise _dispatch_error(failure) from error
+            raise dispatch_error(failure) from error
         if announced is None:
             collectives.broadcast_object(None)
 
@@ -210,40 +231,85 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         shard_of: list[int],
         *,
         keep: bool,
-    ) -> torch.Tensor:
-        """Scatter one step; return what rank 0 got. With `keep` it has its piece already and sends itself nothing."""
+    ) -> tuple[torch.Tensor, Exception | None]:
+        """Scatter one step; return what rank 0 got, or why there was nothing to send.
+
+        With `keep` rank 0 has its piece already and sends itself nothing.
+        """
         device = runtime.device
         size = max([layout.num_bytes for layout in step.layouts])
-        if keep:
-            if self._scratch is None or self._scratch[0].numel() != size:
-                self._scratch = allocate(size, device), allocate(size, device)
-            own, output = self._scratch
-        else:
-            own, output = pack(header, step.tensors[shard_of[0]], size, device), allocate(size, device)
-        packed: dict[int, torch.Tensor] = {}
-        messages = [own]
-        for shard in shard_of[1:]:
-            if shard not in packed:
-                packed[shard] = pack(header, step.tensors[shard], size, device)
-            messages.append(packed[shard])
-        return runtime.collectives.scatter(output, messages)
+        failed: Exception | None = None
+        try:
+            if keep:
+                if self._scratch is None or self._scratch[0].numel() != size:
+                    self._scratch = allocate(size, device), allocate(size, device)
+                own, output = self._scratch
+            else:
+                own, output = pack(header, step.tensors[shard_of[0]], size, device), allocate(size, device)
+            packed: dict[int, torch.Tensor] = {}
+            messages = [own]
+            for shard in shard_of[1:]:
+                if shard not in packed:
+                    packed[shard] = pack(header, step.tensors[shard], size, device)
+                messages.append(packed[shard])
+        except Exception as error:  # noqa: BLE001 - told to all ranks, which wait for this message, then raised on each
+            failed, output = error, allocate(size, device)
+            messages = [pack((FAILED, -1), [], size, device)] * len(shard_of)
+        return runtime.collectives.scatter(output, messages), failed
 
     def _receive(self, runtime: Runtime) -> Iterator[tuple[Any, int, int]]:
         """Every other rank. See [Note: the protocol]."""
         collectives, rank = runtime.collectives, runtime.process.rank
+        current = self._pass
+        self._synchronize()
         next_comes, layout, size = ANNOUNCED, None, 0
         while next_comes != LAST:
             if next_comes == ANNOUNCED:
-                news: list[Layout] | Failure | None = collectives.broadcast_object(None)
+                news: list[Layout] | Failure | Closed | None = collectives.broadcast_object(None)
+                if isinstance(news, Closed):
+                    raise out_of_step(rank, current.step, news.step)
                 if isinstance(news, Failure):
-                    raise _dispatch_error(news)
+                    current.next_comes = LAST
+                    raise dispatch_error(news)
                 if news is None:
                     return
                 layout, size = news[rank], max(layout.num_bytes for layout in news)
             assert layout is not None  # the first header is preceded by an announcement
             message = collectives.scatter(allocate(size, runtime.device), None)
             next_comes, observed = read_header(message)
+            if next_comes == FAILED:
+                next_comes = ANNOUNCED  # there is no batch in it
+                continue
+            if next_comes == CLOSED:
+                raise out_of_step(rank, current.step, observed)
+            current.advance(next_comes, size)
             yield unpack(message, layout), next_comes, observed
+
+    def _synchronize(self) -> None:
+        # After rank 0 has begun to read: that draws random numbers which the other ranks do not.
+        if self.rng_types:
+            synchronize_rng_states(self.rng_types)
+
+    def _close_broken_pass(self, runtime: Runtime) -> None:
+        """Agree that the pass before this one was broken off at the same step everywhere. See [Note: breaking out].
+
+        Raises:
+            DispatchError: On a rank that took another number of steps than rank 0.
+        """
+        before, self._pass = self._pass, Pass()
+        if before.next_comes == LAST:
+            return
+        device, collectives, ranks = runtime.device, runtime.collectives, runtime.process.world_size
+        serves = runtime.process.rank == 0
+        if before.next_comes == ANNOUNCED:
+            news = collectives.broadcast_object(Closed(before.step) if serves else None)
+            theirs = news.step if isinstance(news, Closed) else None
+        else:
+            closing = [pack((CLOSED, before.step), [], before.size, device)] * ranks if serves else None
+            found, step = read_header(collectives.scatter(allocate(before.size, device), closing))
+            theirs = step if found == CLOSED else None
+        if theirs != before.step:
+            raise out_of_step(runtime.process.rank, before.step, theirs)
 
     def adjust_state_dict_for_prefetch(self) -> None:
         """Take the state for resuming before a batch is read ahead; only rank 0 reads, and only it has one."""
@@ -322,18 +388,12 @@ def _shards_of_ranks(world_size: int, mesh: Any) -> list[int]:
     return shards
 
 
-def _next_step(steps: Iterator[_Step]) -> tuple[_Step | None, Exception | None]:
+def _next_step(
+    steps: Iterator[_Step], before: Callable[[], None] | None = None
+) -> tuple[_Step | None, Exception | None]:
     try:
+        if before is not None:
+            before()
         return next(steps, None), None
     except Exception as error:  # noqa: BLE001 - any error of a dataset; told to all ranks, then raised on each
         return None, error
-
-
-def _dispatch_error(failure: Failure) -> DispatchError:
-    return DispatchError(
-        explain(
-            "Rank 0 could not read the next batch for all ranks (dispatch_batches is on). What it raised:\n"
-            + failure.text.rstrip(),
-            remedy="Correct the dataset or collate_fn, or let each rank read for itself with dispatch_batches=False.",
-        )
-    )

@@ -33,7 +33,8 @@ from .samplers import (
 )
 from .stateful import make_stateful_loader
 
-_NOTHING = object()
+NOTHING = object()
+"""What a source without a further batch gives; `None` is a batch like any other."""
 
 
 class DataLoaderAdapter(DataLoader[Any]):
@@ -255,14 +256,14 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         self._synchronize()
-        self.begin()
-        self.set_epoch(self.iteration)
         place = placement(self.device, self._non_blocking)
         look_ahead = self.adjust_state_dict_for_prefetch if self.use_stateful_dataloader else None
-        batches = islice(iter(self.base_dataloader), self._batches_to_skip(), None)
+        self.begin()
         try:
-            current = next(batches, _NOTHING)
-            if current is not _NOTHING:
+            self.set_epoch(self.iteration)
+            batches = islice(iter(self.base_dataloader), self._batches_to_skip(), None)
+            current = next(batches, NOTHING)
+            if current is not NOTHING:
                 if look_ahead is not None:
                     look_ahead()
                 for following in batches:
@@ -318,16 +319,15 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         total = self._total_batch_size()
         if self._drop_last or total is None:
             return -1
-        num_samples = num_samples_of(_unsharded(self.index_sampler))
+        source, left_out = _source_of_batches(self.index_sampler)
+        num_samples = num_samples_of(source)
         if num_samples is None:
-            try:
-                num_samples = self.total_dataset_length
-            except (
-                TypeError,
-                NotImplementedError,
-            ):  # how datasets say that they have no length
+            num_samples = _length(self, "total_dataset_length")
+            num_batches = _length(source)
+            # A sampler of another kind may draw anything: believe in the dataset's length only if it fits.
+            if num_samples is None or (num_batches is not None and num_batches != -(-num_samples // source.batch_size)):
                 return -1
-        return num_samples % total
+        return max(0, num_samples - left_out) % total
 
     def _synchronize(self) -> None:
         if self.rng_types is None:
@@ -359,10 +359,26 @@ def known_batch_size(size: int | None, sampler: Any) -> int:
     return size
 
 
-def _unsharded(sampler: Any) -> Any:
+def _source_of_batches(sampler: Any) -> tuple[Any, int]:
+    """Return what is under shards and skips, and how many of its samples are left out before they are shared out.
+
+    Skips above a shard leave out whole steps, which changes nothing about the last one.
+    """
+    left_out, inside = 0, False
     while isinstance(sampler, (SkipBatchSampler, BatchSamplerShard)):
+        if isinstance(sampler, BatchSamplerShard):
+            inside = True
+        elif inside:
+            left_out += sampler.skip_batches * (getattr(sampler, "batch_size", None) or 0)
         sampler = sampler.batch_sampler
-    return sampler
+    return sampler, left_out
+
+
+def _length(owner: Any, name: str | None = None) -> int | None:
+    try:
+        return len(owner) if name is None else getattr(owner, name)
+    except (TypeError, NotImplementedError):  # how datasets and samplers say that they have no length
+        return None
 
 
 def placement(device: torch.device | str | int | None, non_blocking: bool) -> Callable[[Any], Any] | None:

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..core.tree import default_factory, make_mapping
+
 HEADER_BYTES = 16
 """Two integers of 64 bits. Tensors follow, widest elements first, so that each begins at a multiple of its width."""
 
@@ -49,6 +51,7 @@ class Container(NamedTuple):
     kind: type
     keys: tuple[Any, ...] | None
     items: tuple[Any, ...]
+    factory: Any = None
 
 
 class Layout(NamedTuple):
@@ -73,6 +76,8 @@ class Layout(NamedTuple):
 
 def _describe(data: Any, slots: list[Slot], tensors: list[torch.Tensor]) -> Slot | Constant | Container:
     if type(data) is torch.Tensor and data.layout is torch.strided and not data.is_quantized:
+        if data.is_conj() or data.is_neg():  # its bytes are not its numbers
+            data = data.resolve_conj().resolve_neg()
         slot = Slot(data.dtype, data.shape, data.nbytes)
         slots.append(slot)
         tensors.append(data)
@@ -81,7 +86,7 @@ def _describe(data: Any, slots: list[Slot], tensors: list[torch.Tensor]) -> Slot
         return Container(type(data), None, tuple([_describe(item, slots, tensors) for item in data]))
     if isinstance(data, Mapping):
         items = tuple([_describe(item, slots, tensors) for item in data.values()])
-        return Container(type(data), tuple(data.keys()), items)
+        return Container(type(data), tuple(data.keys()), items, default_factory(data))
     return Constant(data)
 
 
@@ -100,8 +105,7 @@ def _build(node: Slot | Constant | Container, tensors: Iterator[torch.Tensor]) -
         return node.value
     items = [_build(item, tensors) for item in node.items]
     if node.keys is not None:
-        mapping = dict(zip(node.keys, items, strict=True))
-        return mapping if node.kind is dict else node.kind(mapping)
+        return make_mapping(node.kind, node.factory, dict(zip(node.keys, items, strict=True)))
     if node.kind is list:
         return items
     return node.kind(*items) if issubclass(node.kind, tuple) and hasattr(node.kind, "_fields") else node.kind(items)
@@ -141,14 +145,20 @@ def read_header(message: torch.Tensor) -> tuple[int, int]:
 
 
 def unpack(message: torch.Tensor, layout: Layout) -> Any:
-    """Return the batch in a message. Its tensors share the memory of the message."""
+    """Return the batch in a message.
+
+    A tensor that is alone keeps the memory of the message. Several get their own: changing one in place is then no
+    change of the others for autograd, and keeping one does not keep all.
+    """
     if isinstance(layout.root, Slot):
         return message[HEADER_BYTES : layout.num_bytes].view(layout.root.dtype).view(layout.root.shape)
     slots = list(_slots(layout.root))
     found: list[torch.Tensor] = [message] * len(slots)
+    several = len(slots) > 1
     start = HEADER_BYTES
     for place in layout.order:
         slot = slots[place]
-        found[place] = message[start : start + slot.num_bytes].view(slot.dtype).view(slot.shape)
+        part = message[start : start + slot.num_bytes]
+        found[place] = (part.clone() if several else part).view(slot.dtype).view(slot.shape)
         start += slot.num_bytes
     return _build(layout.root, iter(found))

@@ -6,11 +6,12 @@ Owns the choice between reading on every rank and on rank 0, and what random gen
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from ..core.enums import RNGType
 from ..core.errors import SettingError, UnsupportedCombination, explain
@@ -18,6 +19,7 @@ from ..runtime import state
 from ..runtime.rng import check_rng_type
 from .dispatcher import DataLoaderDispatcher
 from .loader import (
+    DataLoaderAdapter,
     DataLoaderShard,
     index_sampler,
     innermost_sampler,
@@ -25,6 +27,7 @@ from .loader import (
 )
 from .samplers import BatchSamplerShard, IterableDatasetShard, SeedableRandomSampler
 from .shards import ShardPlan, mesh_data_shard
+from .stateful import stateful_class
 
 
 def prepare_data_loader(
@@ -47,7 +50,8 @@ def prepare_data_loader(
     """Make a loader give this process its share of the data.
 
     Args:
-        dataloader: The loader to share out. One that is prepared already is returned as it is.
+        dataloader: The loader to share out. One that is prepared already is returned as it is. Of torchdata's
+            `StatefulDataLoader` another one is made, as with `use_stateful_dataloader`.
         device: Where batches go, with `put_on_device`.
         num_processes: Among how many processes; by default all.
         process_index: For which one; by default this one.
@@ -57,6 +61,7 @@ def prepare_data_loader(
         dispatch_batches: Read on rank 0 and send each process its slice; by default for iterable datasets whose
             batches are moved to the device.
         even_batches: Give all processes the same number of batches of the same size, topped up from the beginning.
+            Dispatched and sharded iterable datasets always do.
         slice_fn_for_dispatch: Cuts a batch where `dispatch_batches` is on, called as
             `slice_fn(batch, slice, process_index=i, num_processes=n)`.
         use_seedable_sampler: Where the loader shuffles, make the order depend on a seed and the epoch only.
@@ -70,17 +75,22 @@ def prepare_data_loader(
         A `DataLoaderShard`, or with dispatching a `DataLoaderDispatcher`.
 
     Raises:
-        SettingError: (a `ValueError`) if the batch size cannot be split, or arguments contradict each other.
+        SettingError: (a `ValueError`) if the batch size cannot be split, arguments contradict each other, or the
+            loader shares out or skips samples itself.
         MissingPackage: (an `ImportError`) if torchdata is needed and absent.
     """
     if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
         return dataloader
     dispatch = _chooses_dispatch(dataloader, dispatch_batches, put_on_device)
     index, count = _data_shard(num_processes, process_index, torch_device_mesh)
+    _check_loader(dataloader, count)
+    if count > 1 and not even_batches:
+        _check_uneven(dataloader, dispatch, dispatch_batches)
     if use_seedable_sampler:
         _make_seedable(dataloader, data_seed)
     common = {
-        "use_stateful_dataloader": use_stateful_dataloader,
+        "skip_batches": dataloader.skip_batches if isinstance(dataloader, DataLoaderAdapter) else 0,
+        "use_stateful_dataloader": use_stateful_dataloader or is_stateful(dataloader),
         "_drop_last": dataloader.drop_last or getattr(dataloader.batch_sampler, "drop_last", False),
         "_non_blocking": non_blocking,
         "torch_device_mesh": torch_device_mesh,
@@ -88,17 +98,11 @@ def prepare_data_loader(
     if dispatch:
         if split_batches:
             ShardPlan(count=count, batch_size=_batch_size(dataloader), split=True).check()
-        return DataLoaderDispatcher(
-            split_batches=split_batches,
-            slice_fn=slice_fn_for_dispatch,
-            **common,
-            **loader_arguments(dataloader),
-        )
-    generator = None
-    if count > 1:
-        generator, rng_types = _shared_generator(dataloader, rng_types)
-    elif rng_types is not None:
-        rng_types = [kind for kind in rng_types if check_rng_type(kind) is not RNGType.GENERATOR]
+        arguments = {"split_batches": split_batches, "slice_fn": slice_fn_for_dispatch, **loader_arguments(dataloader)}
+        dispatcher = DataLoaderDispatcher(**common, **arguments)
+        dispatcher.device, dispatcher.rng_types = device, _without_generator(rng_types)  # only rank 0 draws an order
+        return dispatcher
+    generator, rng_types = _shared_generator(dataloader, rng_types, count)
     return DataLoaderShard(
         device=device if put_on_device else None,
         rng_types=rng_types,
@@ -120,6 +124,68 @@ def _chooses_dispatch(dataloader: DataLoader[Any], dispatch_batches: bool | None
             )
         )
     return dispatch_batches
+
+
+def _check_loader(dataloader: DataLoader[Any], count: int) -> None:
+    """Refuse a loader that shares out or skips samples itself; warn about what preparing would lose."""
+    sampler = get_sampler(dataloader)
+    if count > 1 and isinstance(sampler, DistributedSampler) and sampler.num_replicas > 1:
+        raise SettingError(
+            explain(
+                f"The loader has a {type(sampler).__name__} with num_replicas={sampler.num_replicas}, which shares samples "
+                f"out already, and prepare would share each share out again over {count} processes.",
+                accepted="samplers that give the same samples on all processes",
+                remedy="Leave the sampler out and pass shuffle=True or False to the DataLoader.",
+            )
+        )
+    skipped = dataloader.skip_batches if isinstance(dataloader, DataLoaderAdapter) else 0
+    if count > 1 and skipped:
+        raise SettingError(
+            explain(
+                f"The loader is one that skip_first_batches({skipped}) returned, and skipping batches before they are "
+                f"shared out over {count} processes is not possible where they must be read.",
+                accepted="skip_first_batches of a prepared loader",
+                remedy="Prepare first, then skip: skip_first_batches(accelerator.prepare(loader), n).",
+            )
+        )
+    stateful = stateful_class()
+    known = (DataLoader.__iter__, *(() if stateful is None else (stateful.__iter__,)))
+    if not isinstance(dataloader, DataLoaderAdapter) and type(dataloader).__iter__ not in known:
+        warnings.warn(
+            f"{type(dataloader).__name__} has an __iter__ of its own, which is not called once the loader is prepared: "
+            "prepare makes another loader with the same arguments. Move what it does to collate_fn or the dataset, or "
+            "do not prepare it.",
+            stacklevel=3,
+        )
+
+
+def _check_uneven(dataloader: DataLoader[Any], dispatch: bool, dispatch_batches: bool | None) -> None:
+    """Tell that `even_batches=False` cannot be had, if that is so."""
+    if dataloader.drop_last or getattr(dataloader.batch_sampler, "drop_last", False):
+        return  # nothing is topped up
+    if dispatch and dispatch_batches:
+        raise SettingError(
+            explain(
+                "even_batches=False contradicts dispatch_batches=True: dispatched batches are always cut evenly, and "
+                "the last ones topped up from the beginning.",
+                accepted="even_batches=True, or loaders with drop_last=True, which top nothing up",
+                remedy="Pass dispatch_batches=False, or even_batches=True.",
+            )
+        )
+    if isinstance(dataloader.dataset, IterableDataset):
+        warnings.warn(
+            f"even_batches=False has no effect on {type(dataloader.dataset).__name__}: batches of iterable datasets are "
+            "always topped up, unless drop_last=True leaves incomplete ones out.",
+            stacklevel=3,
+        )
+
+
+def is_stateful(dataloader: DataLoader[Any]) -> bool:
+    """Tell whether a loader, prepared or not, is torchdata's `StatefulDataLoader` or stands in front of one."""
+    if isinstance(dataloader, DataLoaderAdapter):
+        return dataloader.use_stateful_dataloader
+    stateful = stateful_class()
+    return stateful is not None and isinstance(dataloader, stateful)
 
 
 def get_sampler(dataloader: DataLoader[Any]) -> Any:
@@ -149,6 +215,8 @@ def loader_arguments(dataloader: DataLoader[Any]) -> dict[str, Any]:
     if dataloader.num_workers > 0:
         arguments["prefetch_factor"] = dataloader.prefetch_factor
         arguments["multiprocessing_context"] = dataloader.multiprocessing_context
+    if is_stateful(dataloader):
+        arguments["snapshot_every_n_steps"] = getattr(dataloader, "snapshot_every_n_steps")  # noqa: B009 - torchdata's
     if isinstance(dataloader.dataset, IterableDataset):
         arguments.update(batch_size=dataloader.batch_size, drop_last=dataloader.drop_last)
     elif dataloader.batch_sampler is not None:
@@ -221,6 +289,15 @@ def _data_shard(num_processes: int | None, process_index: int | None, mesh: Any)
 def _make_seedable(dataloader: DataLoader[Any], data_seed: int | None) -> None:
     sampler = get_sampler(dataloader)
     if type(sampler) is not RandomSampler:
+        if not isinstance(dataloader.dataset, IterableDataset) and not isinstance(
+            sampler, (SequentialSampler, SeedableRandomSampler)
+        ):
+            warnings.warn(
+                f"use_seedable_sampler=True has no effect on {type(sampler).__name__}: only torch's own RandomSampler "
+                "(shuffle=True) is replaced. Seed this sampler yourself where its order must not depend on what else "
+                "draws random numbers.",
+                stacklevel=3,
+            )
         return
     seedable = SeedableRandomSampler(
         sampler.data_source,
@@ -232,14 +309,22 @@ def _make_seedable(dataloader: DataLoader[Any], data_seed: int | None) -> None:
     replace_innermost_sampler(dataloader, seedable)
 
 
+def _without_generator(rng_types: Sequence[str | RNGType] | None) -> list[str | RNGType] | None:
+    if rng_types is None:
+        return None
+    return [kind for kind in rng_types if check_rng_type(kind) is not RNGType.GENERATOR]
+
+
 def _shared_generator(
-    dataloader: DataLoader[Any], rng_types: Sequence[str | RNGType] | None
+    dataloader: DataLoader[Any], rng_types: Sequence[str | RNGType] | None, count: int
 ) -> tuple[torch.Generator | None, Sequence[str | RNGType] | None]:
     """Return the generator that decides the order of samples, and the types of generators to synchronise.
 
     A sampler without a generator gets one, seeded from torch's global one, so that what else a rank draws from
     that does not change its order. It stays without one when ranks are asked to share the global one itself.
     """
+    if count == 1:
+        return None, _without_generator(rng_types)
     kinds = [check_rng_type(kind) for kind in rng_types or ()]
     source: Any = dataloader.dataset if isinstance(dataloader.dataset, IterableDataset) else get_sampler(dataloader)
     generator = getattr(source, "generator", None)

@@ -12,8 +12,9 @@ from ..core.errors import SettingError, explain
 from ..runtime.accumulation import GradientState
 from .dispatcher import DataLoaderDispatcher
 from .loader import DataLoaderAdapter, DataLoaderShard, DataLoaderStateMixin
-from .prepare import loader_arguments
+from .prepare import is_stateful, loader_arguments
 from .samplers import SkipBatchSampler
+from .stateful import make_stateful_loader
 
 
 class SkipDataLoader(DataLoaderAdapter, DataLoaderStateMixin):
@@ -84,6 +85,7 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
             **_of_prepared(dataloader),
             **arguments,
         )
+        skipping.device, skipping.rng_types = dataloader.device, dataloader.rng_types
     elif isinstance(dataloader, DataLoaderShard):
         skipping = DataLoaderShard(
             device=dataloader.device,
@@ -96,12 +98,12 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
     elif isinstance(dataloader, SkipDataLoader) or isinstance(dataloader.dataset, IterableDataset):
         skipping = SkipDataLoader(
             skip_batches=getattr(dataloader, "skip_batches", 0) + num_batches,
-            use_stateful_dataloader=getattr(dataloader, "use_stateful_dataloader", False),
+            use_stateful_dataloader=is_stateful(dataloader),
             **arguments,
         )
     else:
         _left_to_reading(arguments, num_batches)
-        skipping = DataLoader(**arguments)
+        skipping = make_stateful_loader(**arguments) if is_stateful(dataloader) else DataLoader(**arguments)
     if hasattr(dataloader, "_is_accelerate_prepared"):
         skipping._is_accelerate_prepared = dataloader._is_accelerate_prepared  # pyright: ignore[reportAttributeAccessIssue]
     return skipping

@@ -258,8 +258,17 @@ def is_permutation(sampler: Any) -> bool:
 
 
 def num_samples_of(batch_sampler: Any) -> int | None:
-    """Return how many samples torch's own batch sampler draws in a pass; `None` where that cannot be known."""
-    if type(batch_sampler) is not BatchSampler or not isinstance(batch_sampler.sampler, Sized):
+    """Return how many samples torch's own batch sampler draws in a pass; `None` where that cannot be known.
+
+    A class derived from it counts as its own where it neither batches nor counts in another way.
+    """
+    kind = type(batch_sampler)
+    if (
+        not isinstance(batch_sampler, BatchSampler)
+        or kind.__iter__ is not BatchSampler.__iter__
+        or kind.__len__ is not BatchSampler.__len__
+        or not isinstance(batch_sampler.sampler, Sized)
+    ):
         return None
     return len(batch_sampler.sampler)
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from typing import Any
 
 from torch.utils.data import DataLoader
 
 from ..core.available import require
+
+
+def stateful_class() -> type[DataLoader[Any]] | None:
+    """Return torchdata's `StatefulDataLoader` if anything has imported it: only then can there be a loader of it."""
+    module = sys.modules.get("torchdata.stateful_dataloader")
+    return None if module is None else module.StatefulDataLoader
 
 
 def make_stateful_loader(dataset: Any, **arguments: Any) -> DataLoader[Any]:

@@ -58,7 +58,9 @@ class Hardware:
             SettingError: (a `ValueError`) if there is no such device.
         """
         if index is None:
-            index = int(self._call("current_device", default=0))
+            # Asking for the current device may initialise the family, and a fork were impossible from then on.
+            untouched = self._call("is_initialized", default=True) is False
+            index = 0 if untouched else int(self._call("current_device", default=0))
         if index >= self.count():
             raise SettingError(
                 explain(

@@ -6,13 +6,16 @@ others when one fails. Imports torch; only when such a run starts.
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import DistNetworkError  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
@@ -38,19 +41,21 @@ def start(plan: LaunchPlan, entry: str | Callable[..., Any], arguments: Sequence
     """Start `entry` in the processes of `plan` and wait for them."""
     hush()
     try:
-        # Torch sets the second itself and would leave it behind.
-        with env.applied({**plan.env, "TORCHELASTIC_SIGNALS_TO_HANDLE": config.signals_to_handle}):
+        # Newer torch sets the second itself and would leave it behind; 2.9 does not know the field.
+        signals = getattr(config, "signals_to_handle", None)
+        with env.applied({**plan.env, "TORCHELASTIC_SIGNALS_TO_HANDLE": signals}):
             elastic_launch(config, entry)(*arguments)
     except ChildFailedError as error:
         raise WorkersFailed.among(_in_order(error), plan.processes_per_node * plan.nodes) from None
     except SignalException as error:
         message = f"accelerate: the launcher received {error.sigval.name} and ended the workers"
         raise WorkersFailed(message, 128 + error.sigval) from None
-    except RendezvousError as error:
+    except (RendezvousError, DistNetworkError) as error:
         raise LaunchError(
             explain(
-                f"The processes could not meet at {plan.rendezvous.endpoint} ({plan.rendezvous.backend}): {error}.",
-                remedy="Check that all machines run the same command and reach that address and port.",
+                f"The processes could not meet at {plan.rendezvous.endpoint} ({plan.rendezvous.backend}): {error}",
+                remedy="Check that no other program listens there, and that all machines run the same command and "
+                "reach that address and port.",
             )
         ) from error
 
@@ -99,40 +104,72 @@ def launch_config(
     )
 
 
-def _in_order(error: ChildFailedError) -> list[Failure]:
-    """Return the failures, the root cause first as far as it can be told.
+@dataclass(frozen=True)
+class _Observed:
+    """One failure, and what tells causes from consequences."""
 
-    Being ended by the agent (SIGTERM), or losing the connection to another rank, is a consequence, never the cause.
-    Beyond that the order is that in which workers noted their exceptions; one that noted none is stamped when the
-    agent looked.
-    """
+    failure: Failure
+    time: float
 
-    def key(item: tuple[int, ProcessFailure]) -> tuple[bool, bool, float, int]:
-        rank, failure = item
-        lost_connection = any(sign in _traceback(failure) for sign in _LOST_CONNECTION)
-        return (failure.exitcode == -signal.SIGTERM, lost_connection, _time(failure), rank)
+    def key(self) -> tuple[bool, bool, float, int]:
+        """Sort the root cause first, as far as it can be told.
 
-    return [
-        Failure(rank, failure.pid, failure.exitcode, _traceback(failure))
-        for rank, failure in sorted(error.failures.items(), key=key)
-    ]
+        Being ended by the agent (SIGTERM), or losing the connection to another rank, is a consequence, never the
+        cause. Beyond that the order is that in which workers noted their exceptions; one that noted none is stamped
+        when the agent looked.
+        """
+        text = self.failure.traceback
+        ended = self.failure.exitcode == -signal.SIGTERM
+        return (ended, any(sign in text for sign in _LOST_CONNECTION), self.time, self.failure.rank)
 
 
 # How gloo and nccl say that the rank at the other end is gone.
 _LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
 
 
-def _time(failure: ProcessFailure) -> float:
-    # The note's own stamp has whole seconds only; ranks often fail within one.
+def _in_order(error: ChildFailedError) -> list[Failure]:
+    """Return the failures, the root cause first as far as it can be told."""
+    found = {rank: _observed(rank, failure) for rank, failure in error.failures.items()}
+    for rank, failure in error.failures.items():
+        # A rank that noted an exception may still be on its way out when the agent sees another one fall, and ends it.
+        for noted in _noted_beside(rank, failure):
+            if noted.failure.rank not in found:
+                found[noted.failure.rank] = noted
+    return [item.failure for item in sorted(found.values(), key=_Observed.key)]
+
+
+def _observed(rank: int, failure: ProcessFailure) -> _Observed:
+    text = _traceback(failure.error_file_data)
     try:
-        return Path(failure.error_file).stat().st_mtime
+        # The note's own stamp has whole seconds only; ranks often fail within one.
+        time = Path(failure.error_file).stat().st_mtime
     except OSError:
-        return failure.timestamp
+        time = failure.timestamp
+    # A rank that was ended while it left because of its own exception has failed by that exception.
+    exitcode = 1 if text and failure.exitcode == -signal.SIGTERM else failure.exitcode
+    return _Observed(Failure(rank, failure.pid, exitcode, text), time)
 
 
-def _traceback(failure: ProcessFailure) -> str:
-    """Return what the worker noted about its exception; scripts without torch's `record` note nothing."""
-    message = failure.error_file_data.get("message")
+def _noted_beside(rank: int, failure: ProcessFailure) -> Iterator[_Observed]:
+    """Yield what the other ranks of this machine and attempt noted: their files lie in folders beside its own."""
+    own = Path(failure.error_file)
+    if not own.is_file():
+        return
+    for file in own.parent.parent.glob(f"*/{own.name}"):
+        if not file.parent.name.isdecimal():
+            continue
+        try:
+            text, time = _traceback(json.loads(file.read_bytes())), file.stat().st_mtime
+        except (OSError, ValueError):
+            continue  # its writer was ended in the middle
+        if text:
+            other = rank - failure.local_rank + int(file.parent.name)
+            yield _Observed(Failure(other, None, 1, text), time)
+
+
+def _traceback(note: Any) -> str:
+    """Return what a worker noted about its exception; scripts without torch's `record` note nothing."""
+    message = note.get("message") if isinstance(note, dict) else None
     if not isinstance(message, dict):
         return ""
     return str(message.get("extraInfo", {}).get("py_callstack", message.get("message", "")))
@@ -146,3 +183,7 @@ def hush() -> None:
     for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn"):
         if logging.getLogger(name).level == logging.NOTSET:
             logging.getLogger(name).setLevel(logging.CRITICAL)
+    # Torch gives this one a level of its own while importing, from LOGLEVEL if that is set.
+    agent = logging.getLogger("torch.distributed.elastic.agent.server.api")
+    if agent.level == logging.WARNING and env.get("LOGLEVEL") is None:
+        agent.setLevel(logging.CRITICAL)

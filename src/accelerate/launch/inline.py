@@ -7,8 +7,12 @@ exit status are those of `python script.py`.
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
-from typing import NoReturn
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
 
 from ..core.errors import LaunchError, explain
 from ..settings import env
@@ -19,7 +23,7 @@ from .report import WorkersFailed
 def become(plan: LaunchPlan) -> NoReturn:
     """Replace this process by the script. Does not return."""
     try:
-        os.execvpe(plan.argv[0], plan.argv, {**env.read(), **plan.env})
+        os.execvpe(plan.argv[0], plan.argv, _environment(plan))
     except OSError as error:
         raise _not_started(plan, error) from error
 
@@ -27,15 +31,92 @@ def become(plan: LaunchPlan) -> NoReturn:
 def run(plan: LaunchPlan) -> None:
     """Run the script in a child process and wait; for callers that have work to do afterwards.
 
+    Signals that ask this process to end are passed on, so that the script does not outlive it unnoticed.
+
     Raises:
-        WorkersFailed: If the script ends with a status other than 0.
+        WorkersFailed: If the script ends with a status other than 0, or the launcher was asked to end.
+        KeyboardInterrupt: If the launcher was interrupted; the script has ended then.
     """
-    try:
-        status = subprocess.call(plan.argv, env={**env.read(), **plan.env})
-    except OSError as error:
-        raise _not_started(plan, error) from error
+    with _passing_on() as child:
+        try:
+            status = child.start(plan)
+        except OSError as error:
+            raise _not_started(plan, error) from error
+    if child.received == signal.SIGINT:
+        raise KeyboardInterrupt
+    if child.received is not None:
+        name = signal.Signals(child.received).name
+        raise WorkersFailed(
+            f"accelerate: the launcher received {name} and passed it on to the script", 128 + child.received
+        )
     if status:
         raise WorkersFailed.alone(plan.argv, status)
+
+
+_PASSED_ON = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+
+
+class _Child:
+    """The script's process, and the last signal that came for it."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.received: int | None = None
+
+    def start(self, plan: LaunchPlan) -> int:
+        """Run the script; return its exit code."""
+        self.process = subprocess.Popen(plan.argv, env=_environment(plan))
+        if self.received is not None:  # it came while the process was being made
+            self._send(self.received)
+        return self.process.wait()
+
+    def receive(self, number: int, _frame: Any) -> None:
+        """Handle a signal to this process."""
+        self.received = number
+        if self.process is not None:
+            self._send(number)
+
+    def _send(self, number: int) -> None:
+        # Control-C in a terminal reaches the script by itself; twice would break off its cleaning up.
+        if self.process is not None and not (number == signal.SIGINT and _owns_terminal()):
+            self.process.send_signal(number)
+
+
+@contextmanager
+def _passing_on() -> Iterator[_Child]:
+    """Let signals to this process reach the script too, and restore the handlers on exit."""
+    child = _Child()
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers
+        for number in _PASSED_ON:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup's choice stays
+                before[number] = signal.signal(number, child.receive)
+    try:
+        yield child
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _owns_terminal() -> bool:
+    """Tell whether a terminal sends its Control-C to this process and its children."""
+    if os.name != "posix":
+        return True
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY | os.O_NOCTTY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
+
+
+def _environment(plan: LaunchPlan) -> dict[str, str]:
+    inherited = {name: value for name, value in env.read().items() if name not in plan.without}
+    return {**inherited, **plan.env}
 
 
 def _not_started(plan: LaunchPlan, error: OSError) -> LaunchError:

@@ -28,6 +28,13 @@ class Machine:
     """Physical cores this process may use."""
     port_is_taken: bool = False
     """Whether somebody listens on the port that was asked for."""
+    rank_variables: tuple[str, ...] = ()
+    """The variables in the environment that tell a process which rank of which run it is."""
+
+    @property
+    def is_worker(self) -> bool:
+        """Whether torch's agent started this process, as one of another run."""
+        return "TORCHELASTIC_RUN_ID" in self.rank_variables
 
 
 def survey(request: LaunchRequest, environ: Mapping[str, str]) -> Machine:
@@ -39,7 +46,22 @@ def survey(request: LaunchRequest, environ: Mapping[str, str]) -> Machine:
         devices=devices.find(environ) if wants_devices else None,
         cores=physical_cores() if many or request.num_machines > 1 else 1,
         port_is_taken=_asks_for_port(request) and not is_port_free(request.main_process_port or 0),
+        rank_variables=_rank_variables(environ),
     )
+
+
+_TORCHRUN = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "ROLE_NAME", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS",
+    "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_ERROR_FILE",
+)  # fmt: skip
+"""What torchrun sets for a worker. Variables of MPI launchers are none of these: `mpirun accelerate launch` works."""
+
+
+def _rank_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
+    # Without a rank beside it the address is for MPI, which has none of its own.
+    meeting = ("MASTER_ADDR", "MASTER_PORT") if "RANK" in environ else ()
+    return tuple(name for name in (*_TORCHRUN, *meeting) if name in environ)
 
 
 def _asks_for_port(request: LaunchRequest) -> bool:

@@ -36,6 +36,8 @@ class LaunchPlan:
     argv: tuple[str, ...]
     env: Mapping[str, str]
     """Variables that the processes get in addition to those of the launcher."""
+    without: tuple[str, ...] = ()
+    """Variables of the launcher that a single process does not get."""
     nodes: int = 1
     node_rank: int = 0
     processes_per_node: int = 1
@@ -65,6 +67,7 @@ def plan(request: LaunchRequest, machine: Machine) -> LaunchPlan:
             kind="inline",
             argv=_argv(request, machine, buffered=True),
             env=_environment(request, machine, 1, on_cpu),
+            without=_left_out(request, machine),
             quiet=request.quiet,
             notes=tuple(notes),
         )
@@ -78,12 +81,19 @@ def plan(request: LaunchRequest, machine: Machine) -> LaunchPlan:
         rendezvous=_rendezvous(request, machine, notes),
         max_restarts=request.max_restarts,
         monitor_interval=request.monitor_interval,
-        tee=request.tee,
+        # A folder for logs is named in order to have them.
+        tee="3" if request.log_dir and request.tee == "0" else request.tee,
         log_dir=request.log_dir,
         role=request.role,
         quiet=request.quiet,
         notes=tuple(notes),
     )
+
+
+def _left_out(request: LaunchRequest, machine: Machine) -> tuple[str, ...]:
+    """Return the variables by which a single process would take itself for a rank of another run, and wait for it."""
+    alone = request.origins.get("num_processes") == "from --num_processes"
+    return machine.rank_variables if alone or machine.is_worker else ()
 
 
 def _needs_watching(request: LaunchRequest) -> bool:
@@ -171,7 +181,7 @@ def _environment(request: LaunchRequest, machine: Machine, processes_here: int, 
     return values
 
 
-def _threads(request: LaunchRequest, machine: Machine, processes_here: int, on_cpu: bool) -> int | None:
+def _threads(request: LaunchRequest, machine: Machine, processes_here: int, on_cpu: bool) -> int | str | None:
     if request.num_cpu_threads_per_process is not None:
         return request.num_cpu_threads_per_process
     if processes_here == 1:
@@ -232,6 +242,7 @@ def show(planned: LaunchPlan, request: LaunchRequest) -> str:
         lines.append(f"rendezvous   {meeting.backend} at {meeting.endpoint}{options}")
     lines.append("environment")
     lines += [f"  {name}={value}" for name, value in sorted(planned.env.items())]
+    lines += [f"  {name} is not passed on" for name in planned.without]
     if request.origins:
         lines.append("asked for")
         lines += [f"  {request.describe(name)}" for name in sorted(request.origins)]

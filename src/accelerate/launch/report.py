@@ -22,7 +22,8 @@ class Failure:
     """One worker that ended badly."""
 
     rank: int
-    pid: int
+    pid: int | None
+    """`None` if nobody saw the process end."""
     exitcode: int
     """As Python gives it: below zero for a signal."""
     traceback: str = ""
@@ -76,10 +77,15 @@ def describe(failures: Sequence[Failure], world_size: int) -> str:
         kept = first.traceback.rstrip().splitlines()[-TRACEBACK_LINES:]
         lines += [f"[rank {first.rank}] {line}" for line in kept]
     others = [other for other in failures[1:] if other.exitcode != -signal.SIGTERM]
-    lines += [f"accelerate: also, rank {other.rank} (pid {other.pid}) {other.ending}" for other in reversed(others)]
-    where = f"rank {first.rank} of {world_size} (pid {first.pid} on {socket.gethostname()})"
+    lines += [f"accelerate: also, rank {other.rank}{_pid(other)} {other.ending}" for other in reversed(others)]
+    pid = "" if first.pid is None else f"pid {first.pid} "
+    where = f"rank {first.rank} of {world_size} ({pid}on {socket.gethostname()})"
     lines.append(f"accelerate: {where} {first.ending}{_hint(first)}")
     return "\n".join(lines)
+
+
+def _pid(failure: Failure) -> str:
+    return "" if failure.pid is None else f" (pid {failure.pid})"
 
 
 def _hint(failure: Failure) -> str:

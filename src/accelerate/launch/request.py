@@ -37,7 +37,7 @@ class LaunchRequest:
     gpu_ids: tuple[str, ...] | None = None
     mixed_precision: str = "no"
     gradient_accumulation_steps: int | None = None
-    num_cpu_threads_per_process: int | None = None
+    num_cpu_threads_per_process: int | str | None = None
     enable_cpu_affinity: bool = False
     dynamo_backend: str = "no"
     dynamo_mode: str = "default"
@@ -107,11 +107,19 @@ def _from_flags(flags: Mapping[str, Any]) -> Source:
     return {name: (value, f"from --{name}") for name, value in flags.items()}
 
 
+def _threads(text: str) -> int | str:
+    # OpenMP takes lists too, such as 4,2 for nested regions; what is no number is passed on as it is.
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
 _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "cpu": ("ACCELERATE_USE_CPU", lambda text: bool(str_to_bool(text))),
     "mixed_precision": ("ACCELERATE_MIXED_PRECISION", str),
     "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int),
-    "num_cpu_threads_per_process": ("OMP_NUM_THREADS", int),
+    "num_cpu_threads_per_process": ("OMP_NUM_THREADS", _threads),
     "enable_cpu_affinity": ("ACCELERATE_CPU_AFFINITY", lambda text: bool(str_to_bool(text))),
     "debug": ("ACCELERATE_DEBUG_MODE", lambda text: bool(str_to_bool(text))),
     "dynamo_backend": ("ACCELERATE_DYNAMO_BACKEND", str),
@@ -306,7 +314,7 @@ def _check_numbers(request: LaunchRequest) -> None:
     for name, least in _MINIMUM.items():
         value = getattr(request, name)
         most = _HIGHEST_PORT if name == "main_process_port" else None
-        if value is None or (value >= least and (most is None or value <= most)):
+        if value is None or isinstance(value, str) or (value >= least and (most is None or value <= most)):
             continue
         raise SettingError(
             explain(

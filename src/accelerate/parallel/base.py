@@ -38,6 +38,10 @@ class Strategy:
             steps.wrap_schedulers,  # last: needs the wrapped optimizers
         )
 
+    def is_complete(self, model: torch.nn.Module) -> bool:
+        """Tell whether a model that was prepared before needs nothing further to be trained."""
+        return True
+
     def no_sync(self, models: Sequence[torch.nn.Module]) -> AbstractContextManager[Any]:
         """Return a region in which backward keeps gradients local."""
         return _NOTHING

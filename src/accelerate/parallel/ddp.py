@@ -46,10 +46,16 @@ class DataParallel(Strategy):
         """Wrap models that have something to train. Collective: parameters are copied from rank 0."""
         options = plan.settings.handlers.ddp or DistributedDataParallelKwargs()
         for slot in job.fresh(job.models):
-            if slot.evaluation_only or isinstance(slot.result, DistributedDataParallel):
+            if isinstance(slot.result, DistributedDataParallel):  # by the user, or by an Accelerator before this
+                _note_first_run(slot.result)
+                continue
+            if slot.evaluation_only:
                 continue
             if any(parameter.requires_grad for parameter in slot.result.parameters()):
                 slot.result = _wrap(slot.result, plan, options, placed=slot.place)
+
+    def is_complete(self, model: torch.nn.Module) -> bool:
+        return _wrapper_of(model) is not None or not any(p.requires_grad for p in model.parameters())
 
     def no_sync(self, models: Sequence[torch.nn.Module]) -> AbstractContextManager[Any]:
         inner = [found for model in models if (found := _wrapper_of(model)) is not None]
@@ -114,10 +120,15 @@ def _wrap(
 ) -> DistributedDataParallel:
     kwargs = {key: value for key, value in options.to_kwargs().items() if key in options.to_dict()}
     device = plan.runtime.device
-    if placed and plan.runtime.hardware.needs_placement:
+    if placed and plan.runtime.hardware.needs_placement and not verify_device_map(model):
         kwargs.update(device_ids=[device.index], output_device=device.index)
     wrapper = DistributedDataParallel(model, **kwargs)
     options.register_comm_hook(wrapper)
+    _note_first_run(wrapper)
+    return wrapper
+
+
+def _note_first_run(wrapper: DistributedDataParallel) -> None:
     wrapper._accelerate_ran = False  # pyright: ignore[reportAttributeAccessIssue, reportArgumentType]
 
     def note_and_remove(module: torch.nn.Module, args: Any) -> None:
@@ -125,7 +136,6 @@ def _wrap(
         hook.remove()
 
     hook = wrapper.register_forward_pre_hook(note_and_remove)
-    return wrapper
 
 
 def _wrapper_of(model: Any) -> DistributedDataParallel | None:

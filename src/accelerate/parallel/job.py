@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,11 +48,17 @@ class Job:
         return (slot for slot in slots if not slot.is_prepared)
 
 
+def is_marked(item: Any) -> bool:
+    """Tell whether `prepare` has left its mark on an object."""
+    return bool(getattr(item, "_is_accelerate_prepared", False))
+
+
 def sort(
     objects: Sequence[Any],
     placement: Sequence[bool | None] | None,
     default_placement: bool,
     *,
+    is_prepared: Callable[[Any], bool] = is_marked,
     earlier_models: Sequence[torch.nn.Module] = (),
     earlier_optimizers: Sequence[AcceleratedOptimizer] = (),
 ) -> Job:
@@ -83,7 +89,7 @@ def sort(
             given=item,
             result=item,
             place=default_placement if choice is None else choice,
-            is_prepared=getattr(item, "_is_accelerate_prepared", False),
+            is_prepared=is_prepared(item),
         )
         for item, choice in zip(objects, choices, strict=True)
     ]
@@ -101,11 +107,11 @@ def sort(
 
 
 def check_belonging(job: Job) -> None:
-    """Refuse an optimizer and a model that do not belong together, where both are left alone.
+    """Refuse an optimizer that was made from another copy of its model.
 
     Raises:
         SettingError: (a `ValueError`) if an optimizer holds no parameter of any prepared model, while a model of the
-            same call has parameters to train that no optimizer holds: training would change nothing.
+            same call has parameters of the same shapes that no optimizer holds: training would change nothing.
     """
     fresh = list(job.fresh(job.optimizers))
     models = [slot.given for slot in job.fresh(job.models) if not slot.evaluation_only]
@@ -121,16 +127,26 @@ def check_belonging(job: Job) -> None:
         if (trainable := {id(p) for p in model.parameters() if p.requires_grad}) and not trainable & everything
     ]
     for slot, parameters in zip(fresh, held, strict=False):
-        if orphans and parameters and not parameters & known:
+        twin = next((model for model in orphans if _shapes(model.parameters()) == _shapes_of(slot.given)), None)
+        if twin is not None and not parameters & known:
             raise SettingError(
                 explain(
                     f"prepare() got the optimizer {type(slot.given).__name__}, which holds no parameter of any prepared "
-                    f"model, and the model {type(orphans[0]).__name__}, whose parameters no optimizer holds.",
+                    f"model, and the model {type(twin).__name__} with parameters of the same shapes, which no optimizer "
+                    "holds.",
                     accepted="an optimizer made from the parameters of the model that is trained",
                     remedy="Make the optimizer after the last line that makes, copies or replaces the model: "
                     "optimizer = Optimizer(model.parameters(), ...).",
                 )
             )
+
+
+def _shapes(parameters: Iterable[torch.Tensor]) -> list[torch.Size]:
+    return sorted(parameter.shape for parameter in parameters if parameter.requires_grad)
+
+
+def _shapes_of(optimizer: torch.optim.Optimizer) -> list[torch.Size]:
+    return _shapes(parameter for group in optimizer.param_groups for parameter in group["params"])
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -12,6 +12,7 @@ from ..stepping.scheduler import AcceleratedScheduler
 from .compile import compile_model
 from .job import Job, Slot
 from .plan import ParallelPlan
+from .unwrap import extract_model_from_parallel, is_compiled_module
 
 
 def place_models(plan: ParallelPlan, job: Job) -> None:
@@ -24,7 +25,10 @@ def place_models(plan: ParallelPlan, job: Job) -> None:
 def wrap_precision(plan: ParallelPlan, job: Job) -> None:
     """Let models compute in the run's precision."""
     for slot in job.fresh(job.models):
-        plan.precision.wrap(slot.result)
+        # Inside a wrapper that the user made: there its precision is taken off again, and set but once.
+        plan.precision.wrap(
+            slot.result if is_compiled_module(slot.result) else extract_model_from_parallel(slot.result)
+        )
 
 
 def compile_models(plan: ParallelPlan, job: Job) -> None:

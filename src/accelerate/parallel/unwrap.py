@@ -49,7 +49,8 @@ def extract_model_from_parallel(
     if recursive:
         _unwrap_children(unwrapped)
     if not keep_fp32_wrapper:
-        unwrap_forward(unwrapped)
+        for layer in (model, inner, unwrapped):  # a model compiled before prepare has it outside
+            unwrap_forward(layer)
     if not keep_torch_compile or not is_compiled_module(model):
         return unwrapped
     if unwrapped is inner:

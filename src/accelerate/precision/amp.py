@@ -23,6 +23,9 @@ class _Autocast(Precision):
     def wrap(self, model: torch.nn.Module) -> None:
         wrap_forward(model, self.autocast, outputs_to_fp32=self._options.outputs_to_fp32)
 
+    def set_options(self, options: AutocastKwargs | None) -> None:
+        self._options = options or AutocastKwargs()
+
     def autocast(self, options: AutocastKwargs | None = None) -> AbstractContextManager[Any]:
         chosen = options or self._options
         return torch.autocast(

@@ -67,24 +67,23 @@ def wrap_forward(
     """Make `model.forward` run inside `region()`; see [Note: the instance's forward].
 
     Args:
-        model: Changed in place; wrapping a wrapped model does nothing.
+        model: Changed in place; a wrapper from before, which may be of another precision, is replaced.
         region: Makes a fresh context for each call.
         outputs_to_fp32: Return half-precision outputs in float32.
     """
-    if "_original_forward" in model.__dict__:
-        return
+    unwrap_forward(model)
     bound: Any = model.forward
     own = isinstance(bound, MethodType) and bound.__self__ is model
     original = bound.__func__ if own else bound
 
     @functools.wraps(original)
-    def forward(self: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         with region():
-            output = original(self, *args, **kwargs) if own else original(*args, **kwargs)
+            output = original(*args, **kwargs)
         return to_float32(output) if outputs_to_fp32 else output
 
     model.__dict__["_original_forward"] = model.__dict__.get("forward")
-    model.forward = MethodType(forward, model)
+    model.forward = MethodType(forward, model) if own else forward
 
 
 def unwrap_forward(model: torch.nn.Module) -> None:

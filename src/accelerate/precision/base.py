@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..settings.options.handlers import AutocastKwargs
+from .autocast import unwrap_forward
 
 
 class Precision:
@@ -20,7 +21,11 @@ class Precision:
     """Keeps small gradients from vanishing; `None` where the numbers have range enough."""
 
     def wrap(self, model: torch.nn.Module) -> None:
-        """Make the model's forward compute in this precision. Undone by `precision.autocast.unwrap_forward`."""
+        """Make the model's forward compute in this precision, and no longer in one it was wrapped in before."""
+        unwrap_forward(model)
+
+    def set_options(self, options: AutocastKwargs | None) -> None:
+        """Take other options of autocast from now on."""
         return None
 
     def autocast(self, options: AutocastKwargs | None = None) -> AbstractContextManager[Any]:

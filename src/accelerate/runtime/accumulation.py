@@ -44,6 +44,10 @@ class GradientState:
         if gradient_accumulation_plugin is not None:
             self.plugin_kwargs = gradient_accumulation_plugin.to_kwargs()
 
+    def __reduce__(self) -> tuple[type[GradientState], tuple[()]]:
+        # A copy shares the state too, also one that was pickled: what the state holds belongs to this process.
+        return type(self), ()
+
     @property
     def initialized(self) -> bool:
         """Whether the state exists."""

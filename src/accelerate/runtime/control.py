@@ -61,6 +61,15 @@ def split_inputs(inputs: Any, count: int, index: int, apply_padding: bool) -> An
     if count == 1:
         return inputs
     if isinstance(inputs, dict):
+        scalars = [key for key, value in inputs.items() if not hasattr(value, "__len__")]
+        if scalars:
+            raise WrongTypeError(
+                explain(
+                    f"split_between_processes got {scalars[0]!r}: {inputs[scalars[0]]!r:.60}, which has no length.",
+                    accepted="a dictionary of lists, tuples or tensors of one length",
+                    remedy="Take it out of the dictionary: every process has it anyway.",
+                )
+            )
         lengths = {key: len(value) for key, value in inputs.items()}
         if len(set(lengths.values())) > 1:
             raise SettingError(

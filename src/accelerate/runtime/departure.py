@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def leave(pid: int, *, ours: bool) -> None:
     if os.getpid() != pid:
         return
     at_rest = settle(PATIENCE_SECONDS)
-    if not at_rest:
+    failed = hasattr(sys, "last_value")  # an exception ended the script; its partners may be gone
+    if not at_rest or failed:
         connect.abandon()
     elif ours:
         connect.disconnect()
@@ -68,7 +70,11 @@ def settle(patience: float) -> bool:
     deadline = time.monotonic() + patience
     before = None
     while True:
-        now = _workers()
+        try:
+            now = _workers()
+        except OSError:  # the kernel has the file and does not let us read it
+            time.sleep(0.1)
+            return True
         # Seen twice: once could be a moment in which the thread waits for a lock of the C library.
         if now == before and all(_waits_for_work(state) for state in now.values()):
             return True

@@ -10,7 +10,7 @@ import torch
 
 from .. import hardware
 from ..core.enums import DistributedType
-from ..core.errors import NotStarted, SettingError, explain
+from ..core.errors import NotStarted, SettingError, WrongTypeError, explain, nearest
 from ..settings import env
 from ..topology import connect
 from . import control, state
@@ -196,8 +196,31 @@ def _given(index: int | None, name: str) -> int:
     return index
 
 
+# Keywords of torch.distributed.init_process_group.
+_GROUP_OPTIONS = (
+    "backend",
+    "init_method",
+    "timeout",
+    "world_size",
+    "rank",
+    "store",
+    "group_name",
+    "pg_options",
+    "device_id",
+)
+
+
 def _settings_from(cpu: bool, kwargs: dict[str, Any]) -> ProcessSettings:
     options = dict(kwargs)
+    unknown = [name for name in options if name not in _GROUP_OPTIONS]
+    if unknown:
+        raise WrongTypeError(
+            explain(
+                f"PartialState got {unknown[0]}={options[unknown[0]]!r:.60}, which is no option of a process group."
+                + nearest(unknown[0], _GROUP_OPTIONS),
+                accepted=_GROUP_OPTIONS,
+            )
+        )
     return ProcessSettings(
         cpu=cpu,
         backend=options.pop("backend", None),

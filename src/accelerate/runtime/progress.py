@@ -22,6 +22,6 @@ def tqdm(*args: Any, main_process_only: bool = True, **kwargs: Any) -> Any:
     require("tqdm", setting="accelerate.utils.tqdm", install="tqdm")
     from tqdm.auto import tqdm as bar
 
-    if main_process_only and state.current_or_single().process.local_rank != 0:
+    if main_process_only and state.detected_process().local_rank != 0:
         kwargs["disable"] = True
     return bar(*args, **kwargs)

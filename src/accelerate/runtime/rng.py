@@ -11,6 +11,7 @@ import torch
 from .. import hardware
 from ..core.enums import RNGType
 from ..core.errors import SettingError, explain
+from ..hardware import Hardware
 from . import state
 
 
@@ -22,13 +23,13 @@ def set_seed(seed: int, device_specific: bool = False, deterministic: bool = Fal
         device_specific: Add this process's rank, so that ranks draw different numbers.
         deterministic: Also make torch choose deterministic algorithms, which is slower.
     """
-    runtime = state.current_or_single()
     if device_specific:
-        seed += runtime.process.rank
+        seed += state.detected_process().rank
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    runtime.hardware.manual_seed_all(seed)
+    family = state.current().hardware if state.is_started() else hardware.detect()
+    family.manual_seed_all(seed)
     if deterministic:
         torch.use_deterministic_algorithms(True)
 
@@ -68,6 +69,24 @@ def synchronize_rng_state(rng_type: RNGType | None = None, generator: torch.Gene
     else:
         family = hardware.named(rng_type.value)
         family.set_generator_state(collectives.broadcast_object(family.get_generator_state()))
+
+
+def check_fit(rng_types: Sequence[RNGType], family: Hardware) -> None:
+    """Refuse generators of devices that this run does not use.
+
+    Raises:
+        SettingError: (a `ValueError`) if there is one.
+    """
+    fitting = [RNGType.TORCH.value, RNGType.GENERATOR.value, family.name]
+    for kind in rng_types:
+        if kind.value not in fitting:
+            raise SettingError(
+                explain(
+                    f"rng_types contains {kind.value!r}, and this run computes on {family.name}.",
+                    accepted=list(dict.fromkeys(fitting)),
+                    remedy="'torch' synchronises the generator of the CPU, 'generator' the sampler's own.",
+                )
+            )
 
 
 def check_rng_type(value: str | RNGType) -> RNGType:

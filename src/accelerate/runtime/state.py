@@ -22,8 +22,7 @@ from ..collectives import (
     TorchCollectives,
 )
 from ..core.enums import DistributedType
-from ..core.errors import NotStarted, explain
-from ..core.text import str_to_bool
+from ..core.errors import NotStarted, SettingError, explain
 from ..hardware import Hardware, affinity
 from ..settings import env
 from ..topology import Process, connect
@@ -83,8 +82,22 @@ def current() -> Runtime:
 
 
 def current_or_single() -> Runtime:
-    """Return the runtime, or one for a single process on the CPU if there is none; that one is not kept."""
-    return SHARED["_runtime"] if "_runtime" in SHARED else _single(hardware.CPU, hardware.CPU.device(), {})
+    """Return the runtime; if there is none, start it where a launcher started this process beside others.
+
+    A process that is alone gets a runtime that is not kept, so that an `Accelerator` can still choose another one.
+    """
+    if "_runtime" in SHARED:
+        return SHARED["_runtime"]
+    environ = env.read()
+    if topology.detect(environ).is_distributed:
+        return start(ProcessSettings())
+    family, device = _choose_hardware(env.flag(environ, "ACCELERATE_USE_CPU"), environ)
+    return _single(family, _device(family, device), environ)
+
+
+def detected_process() -> Process:
+    """Return who this process is, also before it joins the others."""
+    return current().process if is_started() else topology.detect(env.read())
 
 
 def start(settings: ProcessSettings) -> Runtime:
@@ -92,11 +105,11 @@ def start(settings: ProcessSettings) -> Runtime:
     if is_started():
         return current()
     environ = env.read()
-    cpu = settings.cpu or _flag(environ, "ACCELERATE_USE_CPU")
+    cpu = settings.cpu or env.flag(environ, "ACCELERATE_USE_CPU")
     family, device_named = _choose_hardware(cpu, environ)
     process = topology.detect(environ)
     if not process.is_distributed:
-        device = device_named or family.device()
+        device = _device(family, device_named)
         family.select(device)
         runtime = _single(family, device, environ, cpu)
     else:
@@ -121,10 +134,6 @@ def reset() -> None:
     SHARED.clear()
 
 
-def _flag(environ: Mapping[str, str], name: str) -> bool:
-    return bool(str_to_bool(environ.get(name) or "false"))
-
-
 def _choose_hardware(cpu: bool, environ: Mapping[str, str]) -> tuple[Hardware, torch.device | None]:
     named_device = environ.get("ACCELERATE_TORCH_DEVICE")
     if cpu:
@@ -132,6 +141,26 @@ def _choose_hardware(cpu: bool, environ: Mapping[str, str]) -> tuple[Hardware, t
     if named_device:
         return hardware.of(named_device, "from ACCELERATE_TORCH_DEVICE"), torch.device(named_device)
     return hardware.detect(), None
+
+
+def _device(family: Hardware, named: torch.device | None, index: int | None = None) -> torch.device:
+    return family.device(index) if named is None or (named.index is None and family.module is not None) else named
+
+
+def _own_index(process: Process, family: Hardware, named: torch.device | None, environ: Mapping[str, str]) -> int:
+    """Return the index of this process's device among those it sees."""
+    if named is not None and named.index is not None and family.needs_placement and process.local_world_size > 1:
+        raise SettingError(
+            explain(
+                f"ACCELERATE_TORCH_DEVICE={named} would put all {process.local_world_size} processes of this machine on "
+                "one device.",
+                accepted=f"{named.type!r}, from which each process takes its own",
+                remedy="Leave the index out, or start one process.",
+            )
+        )
+    # Schedulers such as Slurm, and Ray, let each process see its own device only.
+    sees_its_own = family.visible_devices in environ and family.count() == 1
+    return 0 if sees_its_own else process.local_rank
 
 
 def _single(
@@ -147,8 +176,8 @@ def _single(
         device=device,
         distributed_type=DistributedType.NO,
         backend=None,
-        debug=_flag(environ, "ACCELERATE_DEBUG_MODE"),
-        fork_launched=_flag(environ, "FORK_LAUNCHED"),
+        debug=env.flag(environ, "ACCELERATE_DEBUG_MODE"),
+        fork_launched=env.flag(environ, "FORK_LAUNCHED"),
         on_cpu_by_choice=cpu,
     )
 
@@ -161,9 +190,9 @@ def _join(
     environ: Mapping[str, str],
     cpu: bool,
 ) -> Runtime:
-    device = device_named or family.device(process.local_rank)
+    device = _device(family, device_named, _own_index(process, family, device_named, environ))
     family.select(device)
-    if _flag(environ, "ACCELERATE_CPU_AFFINITY"):
+    if env.flag(environ, "ACCELERATE_CPU_AFFINITY"):
         affinity.set_numa_affinity(process.local_rank)
     else:
         _share_cores(process, environ)
@@ -179,7 +208,7 @@ def _join(
     if process.source != "attached":
         # A rank that is done at once would leave while others still join, and these would fail.
         collectives.barrier()
-    debug = _flag(environ, "ACCELERATE_DEBUG_MODE")
+    debug = env.flag(environ, "ACCELERATE_DEBUG_MODE")
     if debug:
         collectives = CheckedCollectives(collectives)
     return Runtime(
@@ -188,9 +217,9 @@ def _join(
         collectives=collectives,
         device=device,
         distributed_type=family.label,
-        backend=settings.backend or family.backend,
+        backend=connect.group_backend() if process.source == "attached" else settings.backend or family.backend,
         debug=debug,
-        fork_launched=_flag(environ, "FORK_LAUNCHED"),
+        fork_launched=env.flag(environ, "FORK_LAUNCHED"),
         on_cpu_by_choice=cpu,
     )
 

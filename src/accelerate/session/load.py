@@ -73,8 +73,9 @@ def load_state(
         runtime: Ranks and devices.
         pre_hooks: Called on every rank with the models and the folder. Models that a hook takes out of the list
             are not loaded.
-        strict: Refuse a folder that has lost its manifest, or states of this rank. Otherwise say what is
-            missing, and go on.
+        strict: Refuse a folder that has lost its manifest, or states of this rank, or that holds more models (of
+            which no hook may know), optimizers or schedulers than are given. Otherwise say so, and go on. A script
+            that gives no optimizer or no scheduler at all only evaluates: it is told, not refused.
         load_model_kwargs: For `model.load_state_dict`, such as `{"strict": False}`.
 
     Raises:
@@ -89,6 +90,10 @@ def load_state(
     with commit.together(collectives, f"The checkpoint {source} was not loaded"):
         # Counted before anything is loaded by position.
         _check_custom_objects(source, len(custom_objects))
+        given = {"models": len(models), "optimizers": len(optimizers), "schedulers": len(schedulers)}
+        if pre_hooks:
+            given.pop("models")  # a hook may know of models that it loads itself
+        _check_counts(source, given, strict, tell=collectives.rank == 0)
         remaining = list(models)
         for hook in pre_hooks:
             hook(remaining, str(source))
@@ -203,6 +208,25 @@ def _check_custom_objects(source: Path, registered: int) -> None:
                 remedy="Call register_for_checkpointing with the same objects in the same order as for the save.",
             )
         )
+
+
+def _check_counts(source: Path, given: Mapping[str, int], strict: bool, tell: bool) -> None:
+    """Refuse to leave saved objects behind, or say that they are."""
+    saved = layout.count_saved(path.name for path in source.iterdir())
+    left = {
+        kind: f"{kind}: {saved[kind]}, prepared here: {count}" for kind, count in given.items() if count < saved[kind]
+    }
+    refused = [text for kind, text in left.items() if kind == "models" or given[kind]]
+    if refused and strict:
+        raise CheckpointError(
+            explain(
+                f"{source} holds more than there is here to load it into ({'; '.join(refused)}).",
+                remedy="Prepare what was prepared for the save, in the same order, or pass strict=False to load_state "
+                "to load only what is prepared, as for an evaluation.",
+            )
+        )
+    if left and tell:
+        warnings.warn(f"{source} holds more than is loaded ({'; '.join(left.values())}).", stacklevel=4)
 
 
 def _load_shared(

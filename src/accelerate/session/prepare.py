@@ -46,6 +46,7 @@ def _sort(session: Session, objects: Sequence[Any], placement: Sequence[bool | N
         objects,
         placement,
         session.plan.settings.device_placement,
+        is_prepared=session.is_prepared,
         earlier_models=session.models,
         earlier_optimizers=session.optimizers,
     )

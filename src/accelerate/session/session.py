@@ -5,6 +5,7 @@ Owns the live lists, which clients read and change: `accelerator._models` and it
 
 from __future__ import annotations
 
+import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,10 @@ import torch
 
 from ..core.errors import SettingError, explain
 from ..parallel.base import Strategy
-from ..parallel.job import Job
+from ..parallel.job import Job, is_marked
 from ..parallel.plan import ParallelPlan
 from ..parallel.unwrap import extract_model_from_parallel
+from ..settings.settings import Settings
 from ..stepping.optimizer import AcceleratedOptimizer
 from ..stepping.scaling import LossScaling
 
@@ -39,6 +41,21 @@ class Session:
         scaler = plan.precision.scaler
         self.scaling = None if scaler is None else LossScaling.of(scaler)
 
+    def change(self, settings: Settings) -> None:
+        """Take other settings from now on; what was prepared stays as it is."""
+        self.plan = dataclasses.replace(self.plan, settings=settings)
+        self.strategy.plan = self.plan
+
+    def is_prepared(self, item: Any) -> bool:
+        """Tell whether nothing is left to prepare on an object.
+
+        Models are known by identity: marks on them travel, into wrappers that forward attributes, into copies and
+        through files, where they would leave a model unwrapped.
+        """
+        if isinstance(item, torch.nn.Module):
+            return any(item is model for model in self.prepared_models) and self.strategy.is_complete(item)
+        return is_marked(item)
+
     def remember(self, job: Job) -> None:
         """Keep what a `prepare` call gave; objects kept before are not kept twice."""
         for slot in job.models:
@@ -46,6 +63,8 @@ class Session:
                 self.models,
                 extract_model_from_parallel(slot.result, keep_torch_compile=False),
             )
+            if slot.result is not slot.given:  # prepared for evaluation before, and for training now
+                self.prepared_models[:] = [item for item in self.prepared_models if item is not slot.given]
             _keep(self.prepared_models, slot.result)
         for slots, kept in (
             (job.optimizers, self.optimizers),

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 from ..core.enums import PrecisionType, RNGType
 from ..core.errors import SettingError, WrongTypeError, explain
-from ..core.text import str_to_bool
 from .bag import KwargsHandler
+from .env import flag
 from .options import absent
 from .options.accumulation import GradientAccumulationPlugin
 from .options.compile import TorchDynamoPlugin
@@ -62,6 +62,15 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> Setting
         WrongTypeError: (a `TypeError`) for an object of a wrong type.
         UnsupportedCombination: (a `ValueError`) for a setting whose engine this version does not have.
     """
+    for name in ("cpu", "device_placement", "step_scheduler_with_optimizer"):
+        if isinstance(arguments[name], str):
+            raise WrongTypeError(
+                explain(
+                    f"{name}={arguments[name]!r} is a text, and every text counts as true.",
+                    accepted="True or False",
+                    remedy=f"Pass {name}=True or leave it out.",
+                )
+            )
     _refuse_absent(arguments, environ)
     origin: dict[str, str] = {}
     return Settings(
@@ -73,7 +82,7 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> Setting
         project=_project(arguments),
         compile=_compile(arguments),
         handlers=_handlers(arguments["kwargs_handlers"]),
-        rng_types=_rng_types(arguments["rng_types"]),
+        rng_types=rng_types_from(arguments["rng_types"]),
         step_scheduler_with_optimizer=arguments["step_scheduler_with_optimizer"],
         origin=origin,
     )
@@ -115,7 +124,7 @@ def _refuse_absent(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> 
         if arguments[name] is not None and arguments[name] != []:
             absent.refuse(f"{name}={arguments[name]!r:.60} (an argument of Accelerator)", engine)
     for name, engine in _ABSENT_VARIABLES.items():
-        if str_to_bool(environ.get(name) or "false"):
+        if flag(environ, name):
             absent.refuse(f"{name}={environ[name]} (in the environment)", engine)
 
 
@@ -137,7 +146,7 @@ def _accumulation(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> G
         return plugin
     text = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if text is not None:
-        asked = _whole_number(text, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment")
+        asked = whole_number(text, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment")
         if steps not in (1, asked):
             warnings.warn(
                 f"gradient_accumulation_steps={steps} (argument of Accelerator) gives way to {asked} (from "
@@ -146,10 +155,11 @@ def _accumulation(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> G
                 stacklevel=4,
             )
         steps = asked
-    return GradientAccumulationPlugin(num_steps=_whole_number(steps, "gradient_accumulation_steps"))
+    return GradientAccumulationPlugin(num_steps=whole_number(steps, "gradient_accumulation_steps"))
 
 
-def _whole_number(value: Any, name: str) -> int:
+def whole_number(value: Any, name: str) -> int:
+    """Return a number of batches, which is an integer >= 1."""
     if isinstance(value, str) and value.isdigit():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -252,7 +262,8 @@ def _handlers(given: Sequence[KwargsHandler] | None) -> Handlers:
     return Handlers(**found)
 
 
-def _rng_types(given: Sequence[str | RNGType] | None) -> tuple[RNGType, ...]:
+def rng_types_from(given: Sequence[str | RNGType] | None) -> tuple[RNGType, ...]:
+    """Return the members of `RNGType` that `rng_types` names; `None` is the sampler's own generator."""
     if given is None:
         return (RNGType.GENERATOR,)
     if isinstance(given, str):

@@ -315,7 +315,7 @@ def _typed(path: Path, key: str, value: Any, lines: Mapping[str, int]) -> Any:
     try:
         if kind == "bool":
             return bool(str_to_bool(str(value)))
-        if kind == "int" and not isinstance(value, bool):
+        if kind == "int" and not isinstance(value, bool) and not (isinstance(value, float) and value % 1):
             return int(value)
         if kind == "dict" and isinstance(value, dict):
             return value if key != "dynamo_config" else _dynamo(path, value, lines)
@@ -327,13 +327,24 @@ def _typed(path: Path, key: str, value: Any, lines: Mapping[str, int]) -> Any:
         if isinstance(error, SettingError) and kind == "dict":
             raise
     named = {"bool": "true or false", "int": "an integer", "dict": "nested keys", "list": "a list"}.get(kind, "text")
-    raise SettingError(
+    raise _wrong_type(path, key, value, lines, named)
+
+
+def _wrong_type(path: Path, key: str, value: Any, lines: Mapping[str, int], accepted: str) -> SettingError:
+    return SettingError(
         explain(
             f"{key}={value!r} has a wrong type ({_place(path, key, lines)}).",
-            accepted=named,
+            accepted=accepted,
             remedy="Correct the line.",
         )
     )
+
+
+def _switch(path: Path, key: str, value: Any, lines: Mapping[str, int]) -> bool:
+    try:
+        return bool(str_to_bool(str(value)))
+    except ValueError:
+        raise _wrong_type(path, key, value, lines, "true or false") from None
 
 
 def _dynamo(path: Path, values: dict[str, Any], lines: Mapping[str, int]) -> dict[str, Any]:
@@ -350,7 +361,7 @@ def _dynamo(path: Path, values: dict[str, Any], lines: Mapping[str, int]) -> dic
                 )
             )
         if "_use_" in full:
-            named[full] = bool(str_to_bool(str(value)))
+            named[full] = _switch(path, f"dynamo_config.{key}", value, lines)
         else:
             named[full] = "no" if value is False else str(value)
     return named

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from functools import wraps
 from typing import Any
 
+from ..core.errors import SettingError, explain
 from ..core.text import str_to_bool
 
 # Names that other libraries read in this process after we decided something.
@@ -34,6 +35,25 @@ def read() -> dict[str, str]:
 def get(name: str, default: str | None = None) -> str | None:
     """Return one variable as text."""
     return os.environ.get(name, default)
+
+
+def flag(environ: Mapping[str, str], name: str) -> bool:
+    """Read a boolean variable in any of the accepted spellings; unset or empty means `False`.
+
+    Raises:
+        SettingError: (a `ValueError`) for any other word.
+    """
+    value = environ.get(name) or "false"
+    try:
+        return bool(str_to_bool(value))
+    except SettingError:
+        raise SettingError(
+            explain(
+                f"{name}={value!r} in the environment is not a boolean.",
+                accepted="yes, true, on, 1, or no, false, off, 0",
+                remedy=f"Set {name}=true, or unset it.",
+            )
+        ) from None
 
 
 def announce(name: str, value: str) -> None:

@@ -12,7 +12,10 @@ from .scaling import LossScaling
 def owners(
     parameters: Sequence[torch.Tensor], optimizers: Iterable[torch.optim.Optimizer]
 ) -> list[torch.optim.Optimizer]:
-    """Return the optimizers that own any of the parameters."""
+    """Return the optimizers that own any of the parameters; a single one is taken to."""
+    optimizers = list(optimizers)
+    if len(optimizers) == 1:
+        return optimizers
     wanted = {id(parameter) for parameter in parameters}
     return [
         optimizer

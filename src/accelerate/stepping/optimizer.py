@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +47,6 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self._scaling = None if scaler is None else LossScaling.of(scaler)
         if self._scaling is not None:
             self._scaling.add(optimizer)
-        zero_grad = inspect.signature(optimizer.zero_grad).parameters
-        self._zero_grad_takes_option = "set_to_none" in zero_grad
         if device_placement and optimizer.state:
             # Torch moves each state to its parameter, and leaves on the CPU what belongs there (step counters).
             optimizer.load_state_dict(optimizer.state_dict())
@@ -106,7 +104,9 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         """Clear gradients, unless this batch only accumulates."""
         if not self.gradient_state.sync_gradients:
             return
-        if set_to_none is None or not self._zero_grad_takes_option:
+        if self._scaling is not None:
+            self._scaling.forget(self.optimizer)
+        if set_to_none is None:
             self.optimizer.zero_grad()
         else:
             self.optimizer.zero_grad(set_to_none=set_to_none)
@@ -121,23 +121,24 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         switch = getattr(self.optimizer, "eval", None)
         return switch() if callable(switch) else None
 
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Step, unless this batch only accumulates.
 
         Args:
             closure: As for the inner optimizer; fp16 refuses one, as torch's scaler does.
+
+        Returns:
+            What the inner optimizer returns: the closure's loss, if there is one.
         """
         if not self.gradient_state.sync_gradients:
-            return
+            return None
         if self.before_first_step is not None:
             self.before_first_step()
             self.before_first_step = None
         if self._scaling is not None:
             self._skipped = self._scaling.step(self.optimizer, closure)
-        elif closure is None:
-            self.optimizer.step()
-        else:
-            self.optimizer.step(closure)
+            return None
+        return self.optimizer.step() if closure is None else self.optimizer.step(closure)
 
     @property
     def step_was_skipped(self) -> bool:
@@ -145,6 +146,15 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         if not isinstance(self._skipped, bool):
             self._skipped = self._skipped()
         return self._skipped
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AcceleratedOptimizer:
+        """Return a wrapper of a copy, which steps with the same scaler in the same run."""
+        copied = AcceleratedOptimizer.__new__(type(self))
+        memo[id(self)] = copied
+        copied.__dict__.update(self.__dict__, optimizer=copy.deepcopy(self.optimizer, memo), before_first_step=None)
+        if self._scaling is not None:
+            self._scaling.add(copied.optimizer)
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         hidden = ("_scaling", "_skipped", "before_first_step", "gradient_state", "scaler")

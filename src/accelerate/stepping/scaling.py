@@ -77,6 +77,12 @@ class LossScaling:
             self.update_if_waiting()
         return skipped
 
+    def forget(self, optimizer: torch.optim.Optimizer) -> None:
+        """Drop what is known of gradients that are thrown away: they were unscaled, and no step followed."""
+        if id(optimizer) in self._unscaled:
+            self._unscaled.discard(id(optimizer))
+            self.scaler._per_optimizer_states.pop(id(optimizer), None)
+
     def update_if_waiting(self) -> None:
         """Update the scale if a step has been taken since; see [Note: when the scale is updated]."""
         if self._update_waits:

@@ -25,6 +25,11 @@ def existing_group() -> tuple[int, int] | None:
     return dist.get_rank(), dist.get_world_size()
 
 
+def group_backend() -> str:
+    """Return the backend of the default group, as torch names it."""
+    return dist.get_backend()
+
+
 def choose_backend(requested: str | None, device_name: str, device_backend: str | None) -> str:
     """Return the backend string for torch.
 
@@ -41,10 +46,11 @@ def choose_backend(requested: str | None, device_name: str, device_backend: str 
     """
     on_cpu = device_name == "cpu"
     if requested is None or (requested == device_backend and not on_cpu):
-        if on_cpu or device_backend is None:
-            return device_backend or "gloo"
+        device_backend = device_backend or _default_backend(device_name)
+        if on_cpu or device_backend == "gloo":
+            return "gloo"
         return f"cpu:gloo,{device_name}:{device_backend}"
-    if on_cpu and requested not in ("gloo", "mpi"):
+    if on_cpu and requested.removeprefix("cpu:") not in ("gloo", "mpi"):
         raise SettingError(
             explain(
                 f"backend={requested!r} cannot serve processes on the CPU.",
@@ -53,6 +59,19 @@ def choose_backend(requested: str | None, device_name: str, device_backend: str 
             )
         )
     return requested
+
+
+def _default_backend(device_name: str) -> str:
+    try:
+        return dist.get_default_backend_for_device(device_name)
+    except (ValueError, RuntimeError):
+        raise SettingError(
+            explain(
+                f"Torch knows no backend for several processes on {device_name!r} devices.",
+                accepted="a backend that its vendor names",
+                remedy="Pass kwargs_handlers=[InitProcessGroupKwargs(backend=...)], or start one process.",
+            )
+        ) from None
 
 
 def connect(

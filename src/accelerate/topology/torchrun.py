@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from ..core.errors import SettingError, explain
 from .process import Process
 from .variables import check_rank, number
 
 
 def find(environ: Mapping[str, str]) -> Process | None:
-    """Return the place torchrun gave us, if it did: `LOCAL_RANK` is its mark."""
+    """Return the place torchrun gave us, if it did; also that of one process in each container."""
     if environ.get("LOCAL_RANK") == "-1":
         return None
     if "LOCAL_RANK" not in environ:
@@ -39,11 +40,20 @@ def find(environ: Mapping[str, str]) -> Process | None:
 
 def _one_per_machine(environ: Mapping[str, str]) -> Process | None:
     # Job controllers that start one process in each container, such as Kubeflow's, leave the local rank out.
-    if not all(name in environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR")):
+    if "RANK" not in environ or "WORLD_SIZE" not in environ:
         return None
     world_size = number(environ, "WORLD_SIZE")
     if world_size <= 1:
         return None
+    if "MASTER_ADDR" not in environ:
+        raise SettingError(
+            explain(
+                f"RANK={environ['RANK']} and WORLD_SIZE={environ['WORLD_SIZE']} say that this process is one of several, and "
+                "nothing says where they meet: MASTER_ADDR is not set.",
+                accepted="the host name or address of rank 0",
+                remedy="Set MASTER_ADDR and MASTER_PORT, or unset RANK and WORLD_SIZE to run alone.",
+            )
+        )
     rank = number(environ, "RANK")
     check_rank(rank, world_size, "RANK and WORLD_SIZE in the environment")
     return Process(

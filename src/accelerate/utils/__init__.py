@@ -147,6 +147,19 @@ _HOMES = {
     "write_basic_config": "commands.config.default",
 }
 
+_MODULES = (
+    "constants",
+    "dataclasses",
+    "environment",
+    "imports",
+    "memory",
+    "modeling",
+    "operations",
+    "other",
+    "random",
+    "versions",
+)
+
 if TYPE_CHECKING:
     from ..checkpoint.layout import MODEL_NAME as MODEL_NAME
     from ..checkpoint.layout import OPTIMIZER_NAME as OPTIMIZER_NAME
@@ -315,4 +328,4 @@ if TYPE_CHECKING:
 
 __all__ = ["tqdm", *sorted(_HOMES)]  # pyright: ignore[reportUnsupportedDunderAll]
 
-__getattr__, __dir__ = lazy_names(__name__, _HOMES, globals())
+__getattr__, __dir__ = lazy_names(__name__, _HOMES, globals(), _MODULES)

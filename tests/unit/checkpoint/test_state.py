@@ -303,8 +303,102 @@ def test_numbers_of_objects_have_to_match(tmp_path: Path) -> None:
         Run().having(models=[Tied(), Tied()], custom_objects=[Counter()]).load(tmp_path / "c")
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     with pytest.raises(FileNotFoundError, match="optimizer"):
-        Run().having(optimizers=[torch.optim.SGD(parameters)], custom_objects=[Counter()]).load(tmp_path / "c")
-    Run().having(custom_objects=[Counter()]).load(tmp_path / "c")
+        run = Run().having(models=[Tied()], optimizers=[torch.optim.SGD(parameters)], custom_objects=[Counter()])
+        run.load(tmp_path / "c")
+    Run().having(models=[Tied()], custom_objects=[Counter()]).load(tmp_path / "c")
+
+
+def _trainings(count: int) -> Run:
+    parts = [Training("adamw", "step", seed) for seed in range(count)]
+    return Run().having(
+        models=[part.model for part in parts],
+        optimizers=[part.optimizer for part in parts],
+        schedulers=[part.scheduler for part in parts],
+    )
+
+
+@pytest.mark.parametrize("safe", [True, False])
+@pytest.mark.parametrize("kind", ["models", "optimizers", "schedulers"])
+def test_saved_objects_that_nothing_takes_are_named(tmp_path: Path, kind: str, safe: bool) -> None:
+    _trainings(2).save(tmp_path / "c", safe_serialization=safe)
+    fewer = _trainings(2)
+    fewer.objects[kind].pop()
+
+    with pytest.raises(CheckpointError, match=rf"\({kind}: 2, prepared here: 1\)") as caught:
+        fewer.load(tmp_path / "c")
+    assert "pass strict=False to load_state" in str(caught.value)
+    with pytest.warns(UserWarning, match=rf"holds more than is loaded \({kind}: 2, prepared here: 1\)"):
+        fewer.load(tmp_path / "c", strict=False)
+
+
+def test_an_evaluation_without_optimizers_is_told_once_what_it_leaves(tmp_path: Path) -> None:
+    _trainings(1).save(tmp_path / "c")
+    alone = _trainings(1).having(optimizers=[], schedulers=[])
+
+    with pytest.warns(UserWarning) as told:
+        alone.load(tmp_path / "c")
+
+    assert [str(item.message).partition(" holds ")[2] for item in told] == [
+        "more than is loaded (optimizers: 1, prepared here: 0; schedulers: 1, prepared here: 0)."
+    ]
+
+
+def test_models_that_a_hook_may_load_are_not_counted(tmp_path: Path) -> None:
+    Run().having(models=[Tied(), Tied()]).save(tmp_path / "c")
+
+    Run().having(models=[Tied()]).load(tmp_path / "c", pre_hooks=[lambda models, folder: None])
+
+
+def test_what_lies_beside_checkpoints_does_not_keep_old_ones_there(tmp_path: Path, monkeypatch: Any) -> None:
+    run = Run(tmp_path, automatic_checkpoint_naming=True, total_limit=1)
+    run.save()
+    folder = tmp_path / "checkpoints"
+    (folder / f"{layout.SAVING_NAME}-ab12").touch()
+    run.save()
+    assert os.listdir(folder) == ["checkpoint_1"]
+
+    stuck = folder / f"{layout.SAVING_NAME}-cd34"
+    stuck.mkdir()
+    remove = shutil.rmtree
+
+    def refuse(path: Any, **options: Any) -> None:
+        if Path(path) == stuck:
+            raise PermissionError(13, "no", str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(commit.shutil, "rmtree", refuse)
+    with pytest.warns(UserWarning, match="could not be removed"):
+        run.save()
+    assert sorted(os.listdir(folder)) == [stuck.name, "checkpoint_2"]
+
+
+def test_states_of_devices_that_are_not_there_any_more_are_left_out_with_a_word(tmp_path: Path) -> None:
+    class Device:
+        """As many generators as devices are visible."""
+
+        rng_key = "random_device"
+
+        def __init__(self, states: list[int]) -> None:
+            self.states = states
+
+        def count(self) -> int:
+            return len(self.states)
+
+        def get_rng_state(self) -> list[int]:
+            return list(self.states)
+
+        def set_rng_state(self, states: list[int]) -> None:
+            for index, state in enumerate(states):
+                self.states[index] = state
+
+    many: Any = Device([1, 2, 3])
+    few: Any = Device([0, 0])
+    train_state.write_state(tmp_path, layout.rng_stem(0), train_state.random_state(many))
+
+    with pytest.warns(UserWarning, match=r"random_device of 1 devices \(not visible here\)"):
+        train_state.load_random_state(tmp_path, 0, 1, few, strict=True)
+
+    assert few.states == [1, 2]
 
 
 def test_arguments_for_the_model(tmp_path: Path) -> None:

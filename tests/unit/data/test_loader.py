@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, SubsetRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from accelerate.core import available
 from accelerate.core.errors import MissingPackage, SettingError, UnsupportedCombination
@@ -15,6 +24,7 @@ from accelerate.data.loader import DataLoaderAdapter, DataLoaderShard, placement
 from accelerate.data.prepare import get_sampler, prepare_data_loader
 from accelerate.data.resume import SkipDataLoader, skip_first_batches
 from accelerate.data.samplers import SeedableRandomSampler, SkipBatchSampler
+from accelerate.data.stateful import make_stateful_loader
 from accelerate.runtime.accumulation import GradientState
 from tests.support.data_tables import Counting, SizedCounting
 
@@ -289,3 +299,123 @@ def test_a_saved_place_lies_behind_skipped_batches(dispatch):
     again.load_state_dict(loader.state_dict())
     assert numbers(again) == [[6, 7], [8, 9]]
     assert numbers(again) == [[4, 5], [6, 7], [8, 9]]
+
+
+def test_a_batch_of_none_is_not_the_end():
+    def refuse_four(samples):
+        return None if 4 in samples else torch.tensor(samples)
+
+    loader = prepare(DataLoader(Counting(8), batch_size=2, collate_fn=refuse_four))
+    assert isinstance(loader, DataLoaderDispatcher)
+    assert [batch is None for batch in loader] == [False, False, True, False]
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda loader: pickle.loads(pickle.dumps(loader))])
+def test_copies_of_a_loader_share_the_state(duplicate, dispatch):
+    loader = prepare(DataLoader(range(6), batch_size=4), dispatch_batches=dispatch)
+    for _ in loader:
+        break
+    assert [end for end, _ in watched(duplicate(loader))] == [False, True]
+    assert watched(loader)[-1] == (True, 2)
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_skipping_before_preparing(dispatch):
+    loader = prepare(skip_first_batches(DataLoader(Counting(6), batch_size=2), 2), dispatch_batches=dispatch)
+    assert numbers(loader) == numbers(loader) == [[4, 5]]
+    with pytest.raises(SettingError, match=r"(?s)skip_first_batches\(2\).*Prepare first"):
+        prepare(
+            skip_first_batches(DataLoader(Counting(6), batch_size=2), 2),
+            dispatch_batches=dispatch,
+            num_processes=2,
+            process_index=0,
+        )
+
+
+class SameBatches(BatchSampler):
+    """Torch's batch sampler under another name."""
+
+
+class OtherBatches(BatchSampler):
+    """A batch sampler that says itself what it draws."""
+
+    def __init__(self, batches, size):
+        self.batches, self.batch_size, self.drop_last = batches, size, False
+
+    def __iter__(self):
+        return iter(self.batches)
+
+    def __len__(self):
+        return len(self.batches)
+
+
+def test_remainder_of_other_batch_samplers():
+    def remainders(sampler):
+        return [remainder for _, remainder in watched(prepare(DataLoader(range(100), batch_sampler=sampler)))]
+
+    assert remainders(SameBatches(range(10), 4, False)) == [2, 2, 2]
+    assert remainders(OtherBatches([[0, 1, 2, 3], [4, 5]], 4)) == [-1, -1]
+    assert remainders(OtherBatches([list(range(99)), [99]], 99)) == [1, 1]
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+@pytest.mark.parametrize("method", ["__iter__", "set_epoch"])
+def test_an_error_before_the_first_batch_ends_the_pass(method, dispatch):
+    class Refusing(Counting):
+        pass
+
+    def refuse(*arguments):
+        raise OSError("gone")
+
+    setattr(Refusing, method, refuse)
+    loader = prepare(DataLoader(Refusing(3)), dispatch_batches=dispatch)
+    with pytest.raises(OSError, match="gone"):
+        list(loader)
+    assert not GradientState().in_dataloader
+
+
+def test_dispatched_batches_go_to_the_device_that_was_asked_for():
+    loader = prepare(DataLoader(Counting(2)), device="meta")
+    assert isinstance(loader, DataLoaderDispatcher)
+    assert [batch.device.type for batch in skip_first_batches(loader, 1)] == ["meta"]
+
+
+def test_what_preparing_cannot_keep_is_said():
+    class Tenfold(DataLoader):
+        def __iter__(self):
+            return (10 * batch for batch in super().__iter__())
+
+    with pytest.warns(UserWarning, match="Tenfold has an __iter__ of its own"):
+        prepare(Tenfold(range(3)))
+    sampler = WeightedRandomSampler([1.0] * 3, 3)
+    with pytest.warns(UserWarning, match="use_seedable_sampler=True has no effect on WeightedRandomSampler"):
+        prepare(DataLoader(range(3), sampler=sampler), use_seedable_sampler=True)
+    prepare(DataLoader(range(3)), use_seedable_sampler=True)
+    prepare(DataLoader(Counting(3)), use_seedable_sampler=True)
+    two = {"num_processes": 2, "process_index": 0, "even_batches": False}
+    with pytest.warns(UserWarning, match="even_batches=False has no effect on Counting"):
+        prepare(DataLoader(Counting(3)), **two)
+    with pytest.raises(SettingError, match="even_batches=False contradicts dispatch_batches=True"):
+        prepare(DataLoader(range(3)), dispatch_batches=True, **two)
+    prepare(DataLoader(range(3), drop_last=True), dispatch_batches=True, **two)
+    prepare(DataLoader(range(3)), dispatch_batches=True, even_batches=False)
+
+
+def test_a_loader_that_is_sharded_already_is_refused():
+    def sharded(replicas):
+        return DataLoader(range(8), sampler=DistributedSampler(range(8), replicas, 0, shuffle=False))
+
+    with pytest.raises(SettingError, match="(?s)DistributedSampler with num_replicas=2.*over 2 processes.*Leave"):
+        prepare(sharded(2), num_processes=2, process_index=0)
+    assert numbers(prepare(sharded(1), num_processes=2, process_index=1)) == [[1], [3], [5], [7]]
+    assert len(numbers(prepare(sharded(2)))) == 4
+
+
+def test_a_stateful_loader_stays_stateful():
+    pytest.importorskip("torchdata")
+    given = make_stateful_loader(range(8), batch_size=2, snapshot_every_n_steps=3)
+    for loader in (prepare(given), skip_first_batches(prepare(given), 1), skip_first_batches(given, 1)):
+        assert loader.snapshot_every_n_steps == 3
+        next(iter(loader))
+        assert loader.state_dict()

@@ -73,24 +73,24 @@ def test_an_unquoted_no_means_the_word(tmp_path):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("distributed_type: 'NO'\nmixed_precission: bf16\n", "'mixed_precission' is not a key of a configuration file "
-         "(mixed_precission in {path}, line 2). Did you mean 'mixed_precision'?"),
-        ("distributed_type: MULTI_GPUS\n", "The key distributed_type has the value 'MULTI_GPUS', which is not known "
-         "(distributed_type in {path}, line 1)."),
+        ("distributed_type: 'NO'\nmixed_precission: bf16\n", ("'mixed_precission' is not a key of a configuration file "
+         "(mixed_precission in {path}, line 2). Did you mean 'mixed_precision'?")),
+        ("distributed_type: MULTI_GPUS\n", ("The key distributed_type has the value 'MULTI_GPUS', which is not known "
+         "(distributed_type in {path}, line 1).")),
         ("use_cpu: true\n", "The key distributed_type is missing (distributed_type in {path})."),
-        ("distributed_type: 'NO'\nnum_processes: two\n", "num_processes='two' has a wrong type (num_processes in {path}, "
-         "line 2).\nAccepted: an integer."),
+        ("distributed_type: 'NO'\nnum_processes: two\n", ("num_processes='two' has a wrong type (num_processes in {path}, "
+         "line 2).\nAccepted: an integer.")),
         ("distributed_type: 'NO'\nuse_cpu: perhaps\n", "use_cpu='perhaps' has a wrong type (use_cpu in {path}, line 2)."),
-        ("distributed_type: 'NO'\ndynamo_config:\n  mod: default\n", "'mod' is not a key of dynamo_config "
-         "(dynamo_config.mod in {path}, line 3). Did you mean 'dynamo_mode'?"),
+        ("distributed_type: 'NO'\ndynamo_config:\n  mod: default\n", ("'mod' is not a key of dynamo_config "
+         "(dynamo_config.mod in {path}, line 3). Did you mean 'dynamo_mode'?")),
         ("distributed_type: 'NO'\nuse_cpu: true\nuse_cpu: false\n", "'use_cpu' stands at line 2 and again at line 3"),
         ("- a\n- b\n", "{path} is not a configuration file: it does not hold `key: value` lines."),
         ("", "{path} is not a configuration file: it does not hold `key: value` lines."),
         ("distributed_type: [\n", "{path} is not a configuration file: while parsing"),
-        ("distributed_type: !!python/object/apply:os.system ['true']\n", "{path} is not a configuration file: could not "
-         "determine a constructor"),
-        ("compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\n", "compute_environment=AMAZON_SAGEMAKER "
-         "(compute_environment in {path}, line 1) needs SageMaker support"),
+        ("distributed_type: !!python/object/apply:os.system ['true']\n", ("{path} is not a configuration file: could not "
+         "determine a constructor")),
+        ("compute_environment: AMAZON_SAGEMAKER\ndistributed_type: 'NO'\n", ("compute_environment=AMAZON_SAGEMAKER "
+         "(compute_environment in {path}, line 1) needs SageMaker support")),
     ],
 )  # fmt: skip
 def test_a_wrong_file_is_refused_by_name_and_line(tmp_path, text, expected):
@@ -139,3 +139,31 @@ def test_a_missing_file_is_a_file_not_found(tmp_path):
 )
 def test_the_place_of_the_default_file(environ, expected):
     assert config_file.cache_folder(environ) == Path(expected).expanduser()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("num_processes: 2.7\n", "num_processes=2.7 has a wrong type (num_processes in {file}, line 2)."),
+        ("num_processes: .inf\n", "num_processes=inf has a wrong type (num_processes in {file}, line 2)."),
+        (
+            "dynamo_config:\n  dynamo_backend: INDUCTOR\n  dynamo_use_dynamic: perhaps\n",
+            "dynamo_config.dynamo_use_dynamic='perhaps' has a wrong type (dynamo_config.dynamo_use_dynamic in {file}, line 4).",
+        ),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_its_place(tmp_path, text, expected):
+    file = write(tmp_path, f"distributed_type: MULTI_GPU\n{text}")
+
+    with pytest.raises(ValueError) as caught:
+        config_file.read(file)
+
+    assert expected.format(file=file) in str(caught.value)
+
+
+def test_a_whole_number_may_be_written_as_text_or_with_a_point(tmp_path):
+    file = write(tmp_path, "distributed_type: MULTI_GPU\nnum_processes: 2.0\nnum_machines: '1'\n")
+
+    config = config_file.load_config_from_file(file)
+
+    assert (config.num_processes, config.num_machines) == (2, 1)

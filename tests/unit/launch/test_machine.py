@@ -106,3 +106,14 @@ def test_the_report_ends_with_the_rank_that_failed_and_leaves_out_those_that_wer
 @pytest.mark.parametrize(("exitcode", "status"), [(0, 0), (3, 3), (-9, 137), (-15, 143)])
 def test_the_status_of_a_signal_is_what_a_shell_shows(exitcode, status):
     assert exit_status(exitcode) == status
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({"OMPI_COMM_WORLD_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, ()),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "PATH": "/"}, ("RANK", "WORLD_SIZE", "MASTER_ADDR")),
+    ],
+)
+def test_the_variables_of_a_rank_are_those_of_torchrun_not_of_mpi(environ, expected):
+    assert machine.survey(LaunchRequest(script="s.py", cpu=True), environ).rank_variables == expected

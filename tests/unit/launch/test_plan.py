@@ -132,8 +132,8 @@ ANY_PORT = {"backend": "c10d", "endpoint": "localhost:0", "options": {}, "local_
                 "processes_per_node": 2,
                 "rendezvous": ANY_PORT,
                 "notes": (
-                    "main_process_port=4000 (from --main_process_port) is taken by another program: a free port is used "
-                    "instead.",
+                    ("main_process_port=4000 (from --main_process_port) is taken by another program: a free port is used "
+                    "instead."),
                 ),
             },
         ),
@@ -211,3 +211,34 @@ def test_a_plan_prints_the_command_its_meeting_point_and_the_origins():
     assert "rendezvous   c10d at localhost:0" in text
     assert "num_processes=2 (from --num_processes)" in text
     assert "ACCELERATE_USE_CPU=true" in text
+
+
+def test_a_folder_for_logs_means_logs_of_both_streams():
+    assert planned({"log_dir": "logs"}).tee == "3"
+    assert planned({"log_dir": "logs", "tee": "2"}).tee == "2"
+    assert planned({"tee": "1"}).tee == "1"
+
+
+def test_a_thread_setting_that_is_no_number_reaches_every_process():
+    request = LaunchRequest.merge(
+        {"num_processes": 2, "cpu": True}, None, {"OMP_NUM_THREADS": "4,2"}, script="train.py"
+    )
+
+    assert plan(request, Machine(python="python", cores=8)).env["OMP_NUM_THREADS"] == "4,2"
+
+
+@pytest.mark.parametrize(
+    ("flags", "inherited", "dropped"),
+    [
+        ({"num_processes": 1}, ("RANK", "MASTER_ADDR"), True),
+        ({}, ("RANK", "TORCHELASTIC_RUN_ID"), True),
+        ({}, ("RANK", "MASTER_ADDR"), False),  # ranks given by hand, one launch for each
+    ],
+)
+def test_a_single_process_does_not_inherit_a_rank_of_another_run(flags, inherited, dropped):
+    found = planned(flags, rank_variables=inherited)
+
+    assert found.kind == "inline"
+    assert found.without == (inherited if dropped else ())
+    request = LaunchRequest.merge(flags, None, {}, script="train.py")
+    assert ("  RANK is not passed on" in show(found, request).splitlines()) == dropped

@@ -163,5 +163,10 @@ def test_a_setting_whose_engine_is_not_here_is_refused_never_ignored(tmp_path, t
 
 
 def test_a_variable_that_cannot_be_read_is_named():
-    with pytest.raises(ValueError, match="OMP_NUM_THREADS='many' in the environment cannot be read"):
-        merged(environ={"OMP_NUM_THREADS": "many"})
+    with pytest.raises(ValueError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS='many' in the environment cannot be"):
+        merged(environ={"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "many"})
+
+
+@pytest.mark.parametrize(("text", "expected"), [("3", 3), ("4,2", "4,2")])
+def test_a_list_of_thread_counts_is_kept_as_it_is(text, expected):
+    assert merged(environ={"OMP_NUM_THREADS": text}).num_cpu_threads_per_process == expected

@@ -92,7 +92,7 @@ def test_an_optimizer_of_another_model_is_refused():
         check(model, sgd(copy))
     text = str(caught.value)
     assert "the optimizer SGD, which holds no parameter of any prepared model" in text
-    assert "the model Linear, whose parameters no optimizer holds" in text
+    assert "the model Linear with parameters of the same shapes, which no optimizer holds" in text
     assert "Make the optimizer after the last line that makes, copies or replaces the model" in text
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from accelerate.core.enums import PrecisionType
 from accelerate.hardware import CPU
 from accelerate.parallel.compile import compile_model, repeated_blocks
 from accelerate.parallel.unwrap import extract_model_from_parallel, has_compiled_regions, is_compiled_module
 from accelerate.precision import choose
-from accelerate.core.enums import PrecisionType
 from accelerate.settings.options.compile import TorchDynamoPlugin
 from tests.support.ranks import run_on_ranks
 

@@ -142,11 +142,21 @@ def test_the_wrapped_forward_looks_like_the_models_own():
     assert torch.equal(model(X, scale=0.0), torch.zeros(1, 2))
 
 
-def test_wrapping_twice_wraps_once():
+def test_wrapping_again_takes_the_place_of_the_first():
     model = wrapped()
-    once = model.forward
     wrap_forward(model, BFloat16("cpu").autocast, outputs_to_fp32=False)
-    assert model.forward == once
+    assert model(X).dtype == torch.bfloat16
+    FullPrecision().wrap(model)
+    assert model(X).dtype == model.seen == torch.float32
+    assert "forward" not in vars(model)
+
+
+def test_a_forward_of_the_instance_keeps_its_signature():
+    model = Model()
+    model.forward = lambda x: x * 2
+    wrap_forward(model, BFloat16("cpu").autocast, outputs_to_fp32=True)
+    assert list(inspect.signature(model.forward).parameters) == ["x"]
+    assert torch.equal(model(X), X * 2)
 
 
 def test_unwrapping_leaves_no_trace():

@@ -95,7 +95,10 @@ def test_a_device_that_does_not_exist_is_blamed_on_the_variable():
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_CPU", "ACCELERATE_DEBUG_MODE", "FORK_LAUNCHED"])
 def test_a_garbage_flag_is_refused(name):
-    with env.applied({name: "maybe"}), pytest.raises(SettingError, match="'maybe' is not a boolean"):
+    with (
+        env.applied({name: "maybe"}),
+        pytest.raises(SettingError, match=f"{name}='maybe' in the environment is not a boolean"),
+    ):
         PartialState()
 
 

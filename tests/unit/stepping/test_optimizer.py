@@ -88,8 +88,10 @@ def test_an_optimizer_that_clears_without_options():
             self.cleared = True
 
     outer = AcceleratedOptimizer(Old([torch.nn.Parameter(torch.ones(1))], lr=1.0))
-    outer.zero_grad(set_to_none=True)
+    outer.zero_grad()
     assert outer.cleared
+    with pytest.raises(TypeError, match="set_to_none"):
+        outer.zero_grad(set_to_none=False)
 
 
 def test_a_closure_is_passed_on(pair):

@@ -26,11 +26,17 @@ TOLD = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "
         ("cpu:gloo,cuda:ucc", "cuda", "nccl", "cpu:gloo,cuda:ucc"),
         (None, "npu", "hccl", "cpu:gloo,npu:hccl"),
         (None, "xpu", "xccl", "cpu:gloo,xpu:xccl"),
-        (None, "newdevice", None, "gloo"),
+        (None, "mps", None, "gloo"),
+        ("cpu:gloo", "cpu", "gloo", "cpu:gloo"),
     ],
 )
 def test_choose_backend(requested, device, own, backend):
     assert connect.choose_backend(requested, device, own) == backend
+
+
+def test_a_device_for_which_torch_knows_no_backend_is_refused():
+    with pytest.raises(SettingError, match="knows no backend for several processes on 'newdevice' devices"):
+        connect.choose_backend(None, "newdevice", None)
 
 
 @pytest.mark.parametrize("backend", ["nccl", "hccl", "zz"])

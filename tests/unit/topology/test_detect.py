@@ -58,7 +58,6 @@ def place(rank, world_size, local_rank, local_world_size, source, address):
             place(1, 2, 0, 1, "torchrun", "pod-0:29500"),
             id="one process in each container",
         ),
-        pytest.param({"RANK": "1", "WORLD_SIZE": "2"}, Process(), id="numbers without a place to meet"),
         pytest.param(TORCHRUN, place(1, 2, 1, 2, "torchrun", "127.0.0.1:29511"), id="torchrun"),
         pytest.param(TORCHRUN_ALONE, place(0, 1, 0, 1, "torchrun", "127.0.0.1:29511"), id="torchrun, one process"),
         pytest.param(TORCHRUN_TWO_NODES, place(3, 4, 1, 2, "torchrun", "node-a:29511"), id="torchrun, two nodes"),

@@ -26,7 +26,8 @@ class GradientAccumulationPlugin(KwargsHandler):
     """Reduce gradients over processes after every batch: more communication, less memory under sharding."""
 
     def __post_init__(self) -> None:
-        if self.num_steps is not None and (not isinstance(self.num_steps, int) or self.num_steps < 1):
+        given = self.num_steps
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
             raise SettingError(
                 explain(
                     f"GradientAccumulationPlugin(num_steps={self.num_steps!r}) is not a number of batches.",
