@@ -23,10 +23,10 @@ check: setup  ## style and types
 	$(BIN)/pyright
 
 test: check  ## everything that runs without a GPU
-	$(BIN)/python -m pytest -m "not full"
+	$(BIN)/python -m pytest
 
 full: setup  ## the exhaustive forms too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "full or not full" --timeout 0
 
 clean-exit: setup  ## 400 runs of 2 and 4 processes, each of which must end with status 0
 	$(BIN)/python -m pytest -m full tests/fault/test_clean_exit.py -s --timeout 0
