@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Iterator
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,12 @@ _NOT_OURS = {
     "PYTEST_CURRENT_TEST",
     "TORCHINDUCTOR_CACHE_DIR",  # torch sets it when its compiler is first loaded
 }
+
+
+# The same examples in every run: a test that fails does so again. New ones: HYPOTHESIS_PROFILE=explore make test.
+hypothesis.settings.register_profile("repeatable", derandomize=True)
+hypothesis.settings.register_profile("explore")
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

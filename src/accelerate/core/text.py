@@ -64,7 +64,7 @@ def convert_file_size_to_int(size: int | str) -> int:
 def convert_bytes(size: float) -> str:
     """Print a number of bytes with the unit that suits it: `"1.5 KB"` (units of 1024)."""
     for unit in ("bytes", "KB", "MB", "GB", "TB"):
-        if abs(size) < 1024 or unit == "TB":
+        if abs(round(size, 2)) < 1024 or unit == "TB":  # rounded, or 1048571 were "1024.0 KB"
             break
         size /= 1024
     return f"{round(size, 2)} {unit}"

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from accelerate.core.errors import SettingError
@@ -71,6 +71,7 @@ def test_a_size_is_its_count_times_its_unit(count, unit):
 
 
 @given(st.integers(-(2**45), 2**45))
+@example(1048571)
 def test_a_printed_size_is_short_and_close(count):
     number, unit = convert_bytes(count).split()
     power = ("bytes", "KB", "MB", "GB", "TB").index(unit)
