@@ -8,8 +8,10 @@ import pickle
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +70,9 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
         for worker in workers:
             worker.start()
         # A rank that died leaves the others waiting for it, so no rank is waited for alone.
-        waited, dead = 0.0, []
-        while any(worker.is_alive() for worker in workers) and waited < timeout:
-            workers[0].join(0.02) if workers[0].is_alive() else next(w for w in workers if w.is_alive()).join(0.02)
-            waited += 0.02
+        deadline, dead = time.monotonic() + timeout, []
+        while (running := [worker.sentinel for worker in workers if worker.is_alive()]) and time.monotonic() < deadline:
+            wait(running, 0.02)
             if any(_failed(folder, rank) for rank in range(world_size)):
                 for worker in workers:
                     worker.join(5)
