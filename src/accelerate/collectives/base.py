@@ -48,6 +48,21 @@ class Collectives(ABC):
         """Return the objects of all ranks, in order of rank. They travel pickled, among trusted ranks."""
 
     @abstractmethod
+    def gather_among(self, tensor: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+        """Return the tensors of some ranks, joined along dimension 0 in order of rank.
+
+        Called on these ranks only: the others may be anywhere, in another collective too.
+
+        Args:
+            tensor: Of the same shape and dtype on these ranks; without dimensions it counts as one row.
+            ranks: Who takes part, in ascending order; the same on all of them.
+        """
+
+    @abstractmethod
+    def gather_object_among(self, obj: Any, ranks: Sequence[int]) -> list[Any]:
+        """Return the objects of some ranks, in order of rank. Called on these ranks only, as `gather_among` is."""
+
+    @abstractmethod
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
         """Return the object of rank `src`. It travels pickled, among trusted ranks."""
 
@@ -55,6 +70,13 @@ class Collectives(ABC):
     def barrier(self) -> None:
         """Return once every rank has come."""
 
-    def check(self, operation: str, data: Any) -> None:
-        """Compare `data` over the ranks before `operation`; only debug mode does."""
+    def check(self, operation: str, data: Any, *, ranks: Sequence[int] | None = None, sizes: bool = True) -> None:
+        """Compare `data` over the ranks before `operation`; only debug mode does.
+
+        Args:
+            operation: What follows, for the message.
+            data: What this rank brings.
+            ranks: Who takes part, if not all do.
+            sizes: Whether tensors must have the same shape, or only the same number of dimensions.
+        """
         return None

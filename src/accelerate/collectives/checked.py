@@ -23,16 +23,20 @@ class CheckedCollectives(Collectives):
         self.rank = inner.rank
         self.world_size = inner.world_size
 
-    def check(self, operation: str, data: Any) -> None:
+    def check(self, operation: str, data: Any, *, ranks: Sequence[int] | None = None, sizes: bool = True) -> None:
         """Raise on every rank unless all came with the same operation, structure, shapes and dtypes.
 
         Raises:
             DistributedOperationException: With the operation and shapes of each rank.
         """
-        brought = self.inner.all_gather_object((operation, repr(tree_map(_describe, data))))
+        mine = operation, repr(tree_map(_describe if sizes else _describe_without_sizes, data))
+        brought = self.inner.all_gather_object(mine) if ranks is None else self.inner.gather_object_among(mine, ranks)
         if all(item == brought[0] for item in brought):
             return
-        table = "\n".join(f"  - Process {rank}: {name} of {shape}" for rank, (name, shape) in enumerate(brought))
+        table = "\n".join(
+            f"  - Process {rank}: {name} of {shape}"
+            for rank, (name, shape) in zip(range(len(brought)) if ranks is None else ranks, brought, strict=True)
+        )
         raise DistributedOperationException(
             explain(
                 f"Cannot {operation}: the processes came with different operations or shapes.\n{table}",
@@ -56,6 +60,12 @@ class CheckedCollectives(Collectives):
     def all_gather_object(self, obj: Any) -> list[Any]:
         return self.inner.all_gather_object(obj)
 
+    def gather_among(self, tensor: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+        return self.inner.gather_among(tensor, ranks)
+
+    def gather_object_among(self, obj: Any, ranks: Sequence[int]) -> list[Any]:
+        return self.inner.gather_object_among(obj, ranks)
+
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
         return self.inner.broadcast_object(obj, src)
 
@@ -66,4 +76,10 @@ class CheckedCollectives(Collectives):
 def _describe(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return (tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."))
+    return type(leaf).__name__
+
+
+def _describe_without_sizes(leaf: Any) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return (f"{leaf.dim()} dimensions", str(leaf.dtype).removeprefix("torch."))
     return type(leaf).__name__

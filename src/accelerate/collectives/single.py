@@ -28,6 +28,12 @@ class SingleProcess(Collectives):
     def all_gather_object(self, obj: Any) -> list[Any]:
         return [obj]
 
+    def gather_among(self, tensor: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+        return tensor
+
+    def gather_object_among(self, obj: Any, ranks: Sequence[int]) -> list[Any]:
+        return [obj]
+
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
         return obj
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -12,6 +13,15 @@ from .base import Collectives
 
 # Torch 2.13 renames the call; the old name warns there, the new one is absent before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# Where torch has this, NCCL needs no communicator for each pair of ranks that sends.
+_IN_BATCHES: dict[str, Any] = {"use_batch": True} if "use_batch" in signature(dist.send_object_list).parameters else {}
+
+_TAG = 0x6163
+"""Keeps our messages apart from those that a program sends itself, where the backend has tags."""
+
+_FEW_RANKS, _SMALL_BYTES = 8, 2**20
+"""Where gloo gathers faster by sending directly: 0.13 ms in place of 0.4 for a few bytes between 2 ranks."""
 
 
 class TorchCollectives(Collectives):
@@ -25,11 +35,11 @@ class TorchCollectives(Collectives):
         """
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
+        self._sends_directly = dist.get_backend() == "gloo"
         self._barrier_options: dict[str, Any] = {"device_ids": [device.index]} if dist.get_backend() == "nccl" else {}
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        tensor = tensor.detach() if tensor.dim() else tensor.detach()[None]
-        tensor = tensor.contiguous()
+        tensor = _as_rows(tensor)
         joined = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
         _all_gather_single(joined, tensor)
         return joined
@@ -57,6 +67,45 @@ class TorchCollectives(Collectives):
         dist.all_gather_object(objects, obj)
         return objects
 
+    def gather_among(self, tensor: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+        tensor = _as_rows(tensor)
+        if len(ranks) == self.world_size and not (
+            self._sends_directly and len(ranks) <= _FEW_RANKS and tensor.nbytes <= _SMALL_BYTES
+        ):
+            return self.all_gather(tensor)
+        # Point to point: making a group would need the other ranks, which are elsewhere.
+        parts = tensor.new_empty((len(ranks), *tensor.shape))
+        transfers = []
+        for part, rank in zip(parts, ranks, strict=True):
+            if rank == self.rank:
+                part.copy_(tensor)
+            elif tensor.numel():
+                transfers += [
+                    dist.P2POp(dist.isend, _bytes(tensor), rank, tag=_TAG),
+                    dist.P2POp(dist.irecv, _bytes(part), rank, tag=_TAG),
+                ]
+        for work in dist.batch_isend_irecv(transfers) if transfers else ():
+            work.wait()
+        return parts.flatten(0, 1)
+
+    def gather_object_among(self, obj: Any, ranks: Sequence[int]) -> list[Any]:
+        if len(ranks) == self.world_size:
+            return self.all_gather_object(obj)
+        first, *others = ranks
+        if self.rank != first:
+            dist.send_object_list([obj], dst=first, **_IN_BATCHES)
+            box: list[Any] = [None] * len(ranks)
+            dist.recv_object_list(box, src=first, **_IN_BATCHES)
+            return box
+        objects = [obj]
+        for rank in others:
+            box = [None]
+            dist.recv_object_list(box, src=rank, **_IN_BATCHES)
+            objects += box
+        for rank in others:
+            dist.send_object_list(objects, dst=rank, **_IN_BATCHES)
+        return objects
+
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
         box = [obj]
         dist.broadcast_object_list(box, src)
@@ -64,3 +113,12 @@ class TorchCollectives(Collectives):
 
     def barrier(self) -> None:
         dist.barrier(**self._barrier_options)
+
+
+def _as_rows(tensor: torch.Tensor) -> torch.Tensor:
+    return (tensor.detach() if tensor.dim() else tensor.detach()[None]).contiguous()
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    # Not every backend sends every dtype. A single row may have any stride, with which torch refuses the view.
+    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)

@@ -1,16 +1,29 @@
 """Join the process group, and leave it.
 
 Owns the life of the group. The only code that calls `init_process_group`.
+
+[Note: breaking off] A rank that gives up in the middle of its work leaves the others inside a collective, where they
+wait for as long as the group's timeout. They come out at once when its connections close. Torch has no call for that
+with gloo: `abort()` and `shutdown()` leave the connections open, and destroying the group closes them only once nobody
+holds the group, which a DDP model that is still referred to does. But gloo closes all connections of a group in which
+a wait ran out of time; so a rank breaks off by waiting a millisecond for a message that nobody sends. The ranks that
+come out do the same, since a collective may join them to this rank only through others. The store in which the ranks
+found each other is none of the group's, so they meet there and make the group anew.
+
+NCCL is another matter: its collectives run on the device, a rank inside one is not stopped by closed connections, and
+aborting communicators races with torch's watchdog. There a group is never broken off.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ..core.errors import SettingError, explain
@@ -132,6 +145,82 @@ def abandon() -> None:
         for group in dist.distributed_c10d._world.pg_map:
             # A reference that nobody gives back; the end of the interpreter clears every other kind.
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
+
+def meeting_store() -> Any:
+    """Return the store in which the ranks found each other. It outlives the groups made over it."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def group_timeout() -> timedelta:
+    """Return how long the ranks of the default group wait for each other."""
+    for backend in _backends(dist.distributed_c10d._get_default_group()):
+        limit = getattr(getattr(backend, "options", None), "_timeout", None)
+        if limit is not None:
+            return limit
+    return dist.distributed_c10d.default_pg_timeout
+
+
+def can_break_off() -> bool:
+    """Tell whether all groups can be left in the middle of collectives. See [Note: breaking off]."""
+    gloo = getattr(dist, "ProcessGroupGloo", None)  # absent where torch was built without it
+    return all(type(backend) is gloo for backend in _all_backends())
+
+
+def break_off() -> None:
+    """Close the connections of all groups, so that ranks inside a collective with this one come out with an error.
+
+    Blocks for a millisecond. See [Note: breaking off].
+    """
+    for backend in _all_backends():
+        # Several network devices make several sets of connections, over which messages are spread by their tags.
+        sets = len(getattr(backend.options, "_devices", None) or [None])
+        others = [peer for peer in range(backend.size()) if peer != backend.rank()]
+        for peer, tag in itertools.product(others, range(_NOBODY_SENDS, _NOBODY_SENDS + sets)):
+            try:
+                backend.recv([torch.empty(1)], peer, tag).wait(timedelta(milliseconds=1))
+            except RuntimeError:  # it ran out of time, which closes the connections; or they were closed already
+                continue
+
+
+def join_again(store: Any, name: str) -> None:
+    """Make the default group anew, with the same ranks and options; other groups are gone.
+
+    Called on all ranks; collective. Blocks until every rank has come.
+
+    Args:
+        store: What `meeting_store` returned.
+        name: The same on all ranks, and new each time.
+    """
+    backend, limit, rank, world_size = group_backend(), group_timeout(), dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    store = dist.distributed_c10d.PrefixStore(name, store)
+    dist.init_process_group(backend, store=store, timeout=limit, rank=rank, world_size=world_size)
+
+
+def collectives_begun() -> list[int] | None:
+    """Return how many collectives this rank has begun, for each backend of each group; `None` if one does not count.
+
+    Where all ranks have begun the same number, none of them waits for another one.
+    """
+    try:
+        return [backend._get_sequence_number_for_group() for backend in _all_backends()]
+    except RuntimeError:  # how torch says that a backend does not count
+        return None
+
+
+_NOBODY_SENDS = 2**30
+"""A tag of messages that are never sent."""
+
+
+def _all_backends() -> list[Any]:
+    return [backend for group in dist.distributed_c10d._world.pg_map for backend in _backends(group)]
+
+
+def _backends(group: Any) -> list[Any]:
+    # One backend may serve several kinds of devices.
+    found = {id(backend): backend for backend in map(group._get_backend, group._device_types)}
+    return list(found.values())
 
 
 def _announce(process: Process) -> None:
