@@ -50,6 +50,10 @@ class Strategy:
         """Return a region in which ranks may run out of batches at different times."""
         return _NOTHING
 
+    def keep_forward_local(self, models: Sequence[torch.nn.Module], alone: Callable[[], bool]) -> None:
+        """Let forward talk to no other rank while `alone()`, which is asked in each forward from now on."""
+        return None
+
     def check_first_backward(self, models: Sequence[torch.nn.Module]) -> None:
         """Refuse a first loss that cannot have come from the prepared models."""
         return None

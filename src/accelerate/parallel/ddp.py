@@ -5,8 +5,9 @@ Source: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parall
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -79,6 +80,16 @@ class DataParallel(Strategy):
             )
         return Join(members)
 
+    def keep_forward_local(self, models: Sequence[torch.nn.Module], alone: Callable[[], bool]) -> None:
+        # Forward is collective too: it sends buffers, and in the second step how gradients are bundled.
+        for model in models:
+            wrapper = _wrapper_of(model)
+            if wrapper is None:
+                continue
+            if not isinstance(wrapper.forward, _LocalForward):
+                wrapper.forward = _LocalForward(wrapper)
+            wrapper.forward.alone = alone
+
     def check_first_backward(self, models: Sequence[torch.nn.Module]) -> None:
         wrappers = [found for model in models if (found := _wrapper_of(model)) is not None]
         if wrappers and not any(wrapper._accelerate_ran for wrapper in wrappers):
@@ -136,6 +147,26 @@ def _note_first_run(wrapper: DistributedDataParallel) -> None:
         hook.remove()
 
     hook = wrapper.register_forward_pre_hook(note_and_remove)
+
+
+class _LocalForward:
+    """The forward of a wrapper that may leave the other ranks alone. A copy of the wrapper has torch's again."""
+
+    alone: Callable[[], bool]
+
+    def __init__(self, wrapper: DistributedDataParallel) -> None:
+        self._wrapper = wrapper
+        self._with_others = wrapper.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._wrapper.module(*args, **kwargs) if self.alone() else self._with_others(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _forward_of, (self._wrapper,)
+
+
+def _forward_of(wrapper: DistributedDataParallel) -> Any:
+    return MethodType(type(wrapper).forward, wrapper)
 
 
 def _wrapper_of(model: Any) -> DistributedDataParallel | None:

@@ -37,6 +37,7 @@ class Job:
     schedulers: list[Slot] = field(default_factory=list)
     earlier_models: Sequence[torch.nn.Module] = ()
     earlier_optimizers: Sequence[AcceleratedOptimizer] = ()
+    earlier_loaders: Sequence[Any] = ()
 
     def in_order(self) -> Any:
         """Return the results as `prepare` gives them back: one object alone, several as a tuple."""
@@ -61,6 +62,7 @@ def sort(
     is_prepared: Callable[[Any], bool] = is_marked,
     earlier_models: Sequence[torch.nn.Module] = (),
     earlier_optimizers: Sequence[AcceleratedOptimizer] = (),
+    earlier_loaders: Sequence[Any] = (),
 ) -> Job:
     """Sort the arguments of a `prepare` call by kind. Objects of no known kind pass through.
 
@@ -93,7 +95,9 @@ def sort(
         )
         for item, choice in zip(objects, choices, strict=True)
     ]
-    job = Job(slots, earlier_models=earlier_models, earlier_optimizers=earlier_optimizers)
+    job = Job(
+        slots, earlier_models=earlier_models, earlier_optimizers=earlier_optimizers, earlier_loaders=earlier_loaders
+    )
     for slot in slots:
         if isinstance(slot.given, torch.utils.data.DataLoader):
             job.loaders.append(slot)

@@ -16,3 +16,8 @@ class ParallelPlan:
     settings: Settings
     runtime: Runtime
     precision: Precision
+
+    @property
+    def data_shards(self) -> int:
+        """How many ranks read different data: all, as long as there are no other axes."""
+        return self.runtime.process.world_size

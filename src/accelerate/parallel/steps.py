@@ -5,9 +5,14 @@ A step takes the plan and the job, and changes results in place. It asks nothing
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 from ..core.seam import seam
+from ..data.global_batch import check_combination, describe
 from ..data.prepare import prepare_data_loader
 from ..stepping.optimizer import AcceleratedOptimizer
+from ..stepping.schedule import Pass, length_of_loader, pass_over
 from ..stepping.scheduler import AcceleratedScheduler
 from .compile import compile_model
 from .job import Job, Slot
@@ -47,6 +52,12 @@ def wrap_optimizers(plan: ParallelPlan, job: Job) -> None:
 def shard_loaders(plan: ParallelPlan, job: Job) -> None:
     """Give each process its share of the data."""
     data = plan.settings.data
+    if data.global_batch_size is not None:
+        check_combination(
+            data.global_batch_size,
+            accumulation_steps=plan.settings.accumulation.num_steps or 1,
+            split_batches=data.split_batches,
+        )
     prepare = seam("accelerate.data_loader", "prepare_data_loader", prepare_data_loader)
     for slot in job.fresh(job.loaders):
         slot.result = prepare(
@@ -64,11 +75,24 @@ def shard_loaders(plan: ParallelPlan, job: Job) -> None:
             data_seed=data.data_seed,
             non_blocking=data.non_blocking,
             use_stateful_dataloader=data.use_stateful_dataloader,
+            global_batch_size=data.global_batch_size,
+            prefetch=data.prefetch,
         )
+    if data.global_batch_size is not None and plan.runtime.process.rank == 0:
+        _tell_global_batch(plan, [slot.result for slot in job.fresh(job.loaders)])
+
+
+def _tell_global_batch(plan: ParallelPlan, loaders: list[Any]) -> None:
+    """Say how a global batch comes about; of several loaders for the longest, which is the one for training."""
+    told = [(length_of_loader(loader), loader.global_batch) for loader in loaders]
+    if told:
+        length, batches = max(told, key=lambda one: one[0] or 0)
+        print(describe(batches, batches=length, lr_unit="optimizer step"), file=sys.stderr, flush=True)
 
 
 def wrap_schedulers(plan: ParallelPlan, job: Job) -> None:
-    """Let schedulers follow their optimizer."""
+    """Let schedulers follow their optimizer, in the unit that the settings say or imply."""
+    shards = _schedule_shards(plan)
     optimizers = [*job.earlier_optimizers, *(slot.result for slot in job.optimizers)]
     for slot in job.fresh(job.schedulers):
         slot.result = AcceleratedScheduler(
@@ -76,7 +100,26 @@ def wrap_schedulers(plan: ParallelPlan, job: Job) -> None:
             _optimizers_of(slot, optimizers),
             step_with_optimizer=plan.settings.step_scheduler_with_optimizer,
             split_batches=plan.settings.data.split_batches,
+            shards=shards,
+            units=plan.settings.scheduler_units,
+            one_pass=_longest_pass(plan, job, shards),
         )
+
+
+def _schedule_shards(plan: ParallelPlan) -> int:
+    # A global batch size makes the optimizer step of a single process out of any number of ranks.
+    return 1 if plan.settings.data.global_batch_size is not None else plan.data_shards
+
+
+def _longest_pass(plan: ParallelPlan, job: Job, shards: int) -> Pass | None:
+    """Return the optimizer steps of a pass over the longest loader there is, which is the one for training."""
+    steps = plan.settings.accumulation.num_steps or 1
+    given = {id(slot.result): slot.given for slot in job.fresh(job.loaders)}
+    found = [
+        pass_over(loader, shards, steps, length_of_loader(given.get(id(loader))))
+        for loader in [*job.earlier_loaders, *(slot.result for slot in job.loaders)]
+    ]
+    return max((one for one in found if one is not None), key=lambda one: one.alone, default=None)
 
 
 def _optimizers_of(slot: Slot, optimizers: list[AcceleratedOptimizer]) -> list[AcceleratedOptimizer]:

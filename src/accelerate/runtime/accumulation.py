@@ -41,6 +41,8 @@ class GradientState:
             self.plugin_kwargs: dict[str, Any] = {}
             self._loaders: list[weakref.ReferenceType[Any] | None] = [None]
             self._is_xla_gradients_synced = False
+            self.window: tuple[int, int] | None = None
+            """Number of the last batch of `accumulate` in its window, and length of a full window."""
         if gradient_accumulation_plugin is not None:
             self.plugin_kwargs = gradient_accumulation_plugin.to_kwargs()
 
@@ -55,12 +57,15 @@ class GradientState:
 
     @property
     def num_steps(self) -> int:
-        """Number of batches in a window of accumulation."""
+        """Number of batches in a window of accumulation; where a loader keeps a global batch size, it decides."""
+        plan = getattr(self.active_dataloader, "global_batch", None)
+        if plan is not None:
+            return plan.accumulation
         return self.plugin_kwargs.get("num_steps", 1)
 
     @property
     def adjust_scheduler(self) -> bool:
-        """Kept for compatibility: prepared schedulers count optimizer steps anyway."""
+        """Kept for compatibility: `False`, since prepared schedulers count optimizer steps with either value."""
         return self.plugin_kwargs.get("adjust_scheduler", False)
 
     @property
@@ -107,6 +112,12 @@ class GradientState:
         """Whether the innermost loader has just given its last batch."""
         loader = self.active_dataloader
         return False if loader is None else loader.end_of_dataloader
+
+    @property
+    def batches_ahead(self) -> int | None:
+        """How many batches the innermost loader gives after this one; `None` if unknown."""
+        ask = getattr(self.active_dataloader, "batches_ahead", None)  # clients register loaders of their own too
+        return None if ask is None else ask()
 
     @property
     def remainder(self) -> int:

@@ -84,6 +84,7 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> Setting
         handlers=_handlers(arguments["kwargs_handlers"]),
         rng_types=rng_types_from(arguments["rng_types"]),
         step_scheduler_with_optimizer=arguments["step_scheduler_with_optimizer"],
+        scheduler_units=_scheduler_units(arguments),
         origin=origin,
     )
 
@@ -260,6 +261,28 @@ def _handlers(given: Sequence[KwargsHandler] | None) -> Handlers:
             )
         found[name] = handler
     return Handlers(**found)
+
+
+def _scheduler_units(arguments: Mapping[str, Any]) -> Any:
+    units = arguments["scheduler_units"]
+    if units not in (None, "samples", "optimizer_steps"):
+        raise SettingError(
+            explain(
+                f"scheduler_units={units!r} is not a unit (argument of Accelerator).",
+                accepted=("samples", "optimizer_steps", None),
+                remedy="Pass 'optimizer_steps' if the schedule was made for the steps that the optimizer takes in this run.",
+            )
+        )
+    if units is not None and not arguments["step_scheduler_with_optimizer"]:
+        raise SettingError(
+            explain(
+                f"scheduler_units={units!r} says how far a step of the optimizer moves a schedule, and with "
+                "step_scheduler_with_optimizer=False schedules do not follow the optimizer.",
+                accepted="one of the two",
+                remedy="Leave one of them out.",
+            )
+        )
+    return units
 
 
 def rng_types_from(given: Sequence[str | RNGType] | None) -> tuple[RNGType, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..core.enums import PrecisionType, RNGType
 from .options.accumulation import GradientAccumulationPlugin
@@ -44,5 +45,6 @@ class Settings:
     handlers: Handlers = field(default_factory=Handlers)
     rng_types: tuple[RNGType, ...] = (RNGType.GENERATOR,)
     step_scheduler_with_optimizer: bool = True
+    scheduler_units: Literal["samples", "optimizer_steps"] | None = None
     origin: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Setting -> who gave it, for error messages: `"from ACCELERATE_MIXED_PRECISION"`."""

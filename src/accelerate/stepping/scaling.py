@@ -2,7 +2,8 @@
 
 [Note: when the scale is updated] `GradScaler.update` forgets what each optimizer found, and may change the scale
 while the gradients of another optimizer still carry the old one. So with several optimizers the update waits for the
-next `scale`, when all of them have stepped; with one it follows the step at once.
+next `scale`, when all of them have stepped; with one it follows the step at once. Gradients in the middle of a window
+of accumulation, which no step has used yet, are brought to the new scale.
 
 Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018 (dynamic loss scaling, section 3.2).
 """
@@ -15,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .gradients import rescale
+
 _SCALINGS: weakref.WeakKeyDictionary[torch.amp.GradScaler, LossScaling] = weakref.WeakKeyDictionary()
 
 
@@ -26,6 +29,8 @@ class LossScaling:
         self._optimizers: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
         self._unscaled: set[int] = set()
         self._update_waits = False
+        self.pending: Callable[[], list[torch.Tensor]] | None = None
+        """Returns the parameters with gradients that go on being accumulated while optimizers of others step."""
 
     @staticmethod
     def of(scaler: torch.amp.GradScaler) -> LossScaling:
@@ -88,7 +93,11 @@ class LossScaling:
         if self._update_waits:
             self._update_waits = False
             self._unscaled.clear()
+            held = [] if self.pending is None else self.pending()
+            before = self.scaler._scale.clone() if held and self.scaler._scale is not None else None
             self.scaler.update()
+            if before is not None and self.scaler._scale is not None:
+                rescale(held, self.scaler._scale / before)
 
     def _skipped(self, optimizer: torch.optim.Optimizer) -> bool | Callable[[], bool]:
         # The scaler's own finding: it also tells of fused optimizers, which skip inside their kernel.

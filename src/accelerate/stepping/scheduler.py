@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from ..runtime import state
 from ..runtime.accumulation import GradientState
+from .samples import filled_shards
+from .schedule import Pass, end_of, fits_taken_steps, length_of
+from .window import units_of_step
+
+Units = Literal["samples", "optimizer_steps"]
 
 
 class AcceleratedScheduler:
     """Steps a scheduler when the optimizer really stepped, as often as a single process would have.
 
     A scheduler written for one process counts that process's batches. With several, one step consumes as many
-    batches as there are processes, so it is stepped that many times; not if batches are split, since the total batch
+    batches as there are data shards, so it is stepped that many times; not if batches are split, since the total batch
     is then the given one.
 
     Args:
@@ -21,6 +27,11 @@ class AcceleratedScheduler:
         optimizers: The prepared optimizer or optimizers it belongs to.
         step_with_optimizer: `False` steps the scheduler once at each call, whatever the optimizer did.
         split_batches: Whether each batch of the loader was split over the processes.
+        shards: How many ranks read different data; `None` means all.
+        units: `"optimizer_steps"` steps once for each step of the optimizer. `"samples"` steps as often as a single
+            process would have over the same samples, also where the last batches do not fill all shards. `None` steps
+            once for each data shard.
+        one_pass: How many steps a pass over the data has, to tell a schedule that was made for other steps.
     """
 
     def __init__(
@@ -29,15 +40,28 @@ class AcceleratedScheduler:
         optimizers: Any,
         step_with_optimizer: bool = True,
         split_batches: bool = False,
+        *,
+        shards: int | None = None,
+        units: Units | None = None,
+        one_pass: Pass | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.optimizers: Sequence[Any] = optimizers if isinstance(optimizers, (list, tuple)) else [optimizers]
         self.split_batches = split_batches
         self.step_with_optimizer = step_with_optimizer
         self.gradient_state = GradientState()
-        self._repeats = 1 if split_batches else state.current_or_single().process.world_size
+        process = state.current_or_single().process
+        shards = process.world_size if shards is None else shards
+        self._repeats = 1 if split_batches or units == "optimizer_steps" else shards
+        self._counts_samples = units == "samples" and self._repeats > 1
         self._is_bounded = hasattr(scheduler, "total_steps")
         self._may_skip = any(getattr(optimizer, "scaler", None) is not None for optimizer in self.optimizers)
+        self._watched: int | None = None
+        """Where the schedule ends, as long as running past it would be worth a warning."""
+        self._past = 0
+        self._one_pass = one_pass
+        if units is None and self._repeats > 1 and step_with_optimizer and process.rank == 0:
+            self._check_length()
 
     def step(self, *args: Any, **kwargs: Any) -> None:
         """Step, unless this batch only accumulates or the optimizer skipped its step."""
@@ -48,11 +72,52 @@ class AcceleratedScheduler:
             return
         if self._may_skip and any(optimizer.step_was_skipped for optimizer in self.optimizers):
             return
-        for _ in range(self._repeats):
+        if self._watched is not None:
+            self._check_end(self._watched)
+        for _ in range(self._samples_in_steps() if self._counts_samples else self._repeats):
             # Rounding up to whole global steps may pass the end of a schedule that has one, where torch raises.
             if self._is_bounded and self.scheduler._step_count > self.scheduler.total_steps:
                 return
             self.scheduler.step(*args, **kwargs)
+
+    def _samples_in_steps(self) -> int:
+        known = self.gradient_state
+        number, num_steps = known.window or (known.num_steps, known.num_steps)
+        return units_of_step(self._repeats, filled_shards(known.active_dataloader, self._repeats), number, num_steps)
+
+    def _check_length(self) -> None:
+        """Warn of a schedule that was made for the steps this run takes, and watch any other one with an end."""
+        length, one_pass = length_of(self.scheduler), self._one_pass
+        if length is None or one_pass is None or not fits_taken_steps(length, one_pass):
+            self._watched = end_of(self.scheduler)
+            return
+        warnings.warn(
+            f"{self._name} has {length} steps: {length // one_pass.taken} passes of the {one_pass.taken} optimizer steps "
+            f"that this run takes over its loader, and no whole number of passes of the {one_pass.alone} that a single "
+            f"process would take. A prepared schedule counts the latter: it is stepped {self._repeats} times at each "
+            f"optimizer step, so this one is over after {-(-length // self._repeats)} of them. {_REMEDY}",
+            stacklevel=2,
+        )
+
+    def _check_end(self, end: int) -> None:
+        """Warn, once, when steps go on after the end of the schedule by more than rounding explains."""
+        if self.scheduler.last_epoch < end:
+            return
+        one_pass = self._one_pass
+        rounding = one_pass.taken * self._repeats / one_pass.alone - 1 if one_pass is not None else 0.25
+        if self._past > rounding * end + self._repeats:
+            self._watched = None
+            warnings.warn(
+                f"{self._name} has {end} steps and was over after {-(-end // self._repeats)} optimizer steps, and training "
+                f"goes on: a prepared schedule is stepped {self._repeats} times at each optimizer step, as often as a "
+                f"single process would have. {_REMEDY}",
+                stacklevel=3,
+            )
+        self._past += self._repeats
+
+    @property
+    def _name(self) -> str:
+        return f"The schedule {type(self.scheduler).__name__}"
 
     def get_last_lr(self) -> list[Any]:
         """Return the last rates, one for each group."""
@@ -78,3 +143,9 @@ class AcceleratedScheduler:
         if name == "scheduler":  # not yet set, as while unpickling
             raise AttributeError(name)
         return getattr(self.scheduler, name)
+
+
+_REMEDY = (
+    "If it was made for optimizer steps, pass Accelerator(scheduler_units='optimizer_steps'); if it is right as it is, "
+    "'samples'."
+)

@@ -69,6 +69,14 @@ class Loader:
         self.remainder = remainder
 
 
+class Planned(Loader):
+    class global_batch:
+        accumulation = 6
+
+    def batches_ahead(self):
+        return 2
+
+
 def test_all_instances_share_one_state():
     first, second = GradientState(), GradientState()
     first._set_sync_gradients(False)
@@ -115,6 +123,30 @@ def test_flags_follow_the_innermost_loader():
     assert (state.active_dataloader, state.remainder) == (outer, 3)
     state._remove_dataloader(outer)
     assert not state.in_dataloader
+
+
+def test_a_loader_with_a_global_batch_size_says_how_many_batches_a_window_has():
+    state = GradientState(GradientAccumulationPlugin(num_steps=3))
+    loader = Planned()
+    state._add_dataloader(loader)
+    assert (state.num_steps, state.plugin_kwargs["num_steps"]) == (6, 3)
+    other = Loader()
+    state._add_dataloader(other)
+    assert state.num_steps == 3
+    state._remove_dataloader(other)
+    assert state.num_steps == 6
+    state._remove_dataloader(loader)
+    assert state.num_steps == 3
+
+
+def test_what_the_innermost_loader_knows_of_the_batches_to_come():
+    state = GradientState()
+    assert state.batches_ahead is None
+    loader, other = Planned(), Loader()  # the other one is a client's, which knows nothing of this
+    state._add_dataloader(loader)
+    assert state.batches_ahead == 2
+    state._add_dataloader(other)
+    assert state.batches_ahead is None
 
 
 def test_loaders_may_be_left_in_any_order():

@@ -263,3 +263,12 @@ def test_a_handler_of_ones_own_works_the_same_way():
 
     assert Own(a=2, c=[1]).to_kwargs() == {"a": 2, "c": [1]}
     assert Own().to_dict() == {"a": 0, "b": False, "c": [], "d": 3.0}
+
+
+def test_an_option_without_effect_says_so():
+    with pytest.warns(
+        UserWarning, match="changes nothing: prepared schedulers count optimizer steps with either"
+    ) as seen:
+        GradientAccumulationPlugin(num_steps=2, adjust_scheduler=False)
+    assert "step_scheduler_with_optimizer=False" in str(seen[0].message)
+    assert seen[0].filename == __file__

@@ -91,6 +91,45 @@ def test_the_scheduler_waits_while_steps_are_skipped():
     assert rates == [0.9, 0.9, 0.8]
 
 
+@pytest.mark.parametrize("units", [None, "optimizer_steps"])
+@pytest.mark.parametrize("kind", [{}, {"foreach": True}, {"fused": True}], ids=["plain", "foreach", "fused"])
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_skipped_step_leaves_everything_as_it_was(make, kind, units):
+    """Also where the optimizer's kernel skips, which the optimizer itself does not tell."""
+    accelerator = half(gradient_accumulation_steps=2, scheduler_units=units)
+    model = Model()
+    optimizer = make(model.parameters(), lr=0.5, **({"momentum": 0.9} if make is torch.optim.SGD else {}), **kind)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+
+    def window(*factors):
+        for factor in factors:
+            with accelerator.accumulate(model):
+                accelerator.backward(model(factor))
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+        state = optimizer.state[model.weight]
+        held = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
+        return {"weight": model.weight.detach().clone(), **held, "rate": torch.tensor(scheduler.get_last_lr())}
+
+    before = window(1.0, 0.5)
+    assert not optimizer.step_was_skipped
+    assert before["rate"].item() == 0.25
+    for overflow in ((1.0, INF), (INF, 1.0)):
+        after = window(*overflow)
+        assert optimizer.step_was_skipped
+        assert accelerator.optimizer_step_was_skipped
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    after = window(1.0, 0.5)
+    assert not optimizer.step_was_skipped
+    assert after["rate"].item() == 0.125
+    assert not torch.equal(before["weight"], after["weight"])
+    if make is torch.optim.AdamW:
+        assert (before["step"].item(), after["step"].item()) == (1, 2)
+
+
 def test_whether_a_step_was_skipped_is_found_out_when_asked():
     """Asking the device makes the caller wait, so the step itself must not."""
     accelerator = half()

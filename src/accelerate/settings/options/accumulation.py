@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 from ...core.errors import SettingError, explain
@@ -16,8 +17,8 @@ class GradientAccumulationPlugin(KwargsHandler):
     """Number of batches whose gradients are summed for one optimizer step."""
 
     adjust_scheduler: bool = True
-    """Whether schedulers count optimizer steps rather than batches. Kept for compatibility: schedulers that
-    `prepare` returns always count optimizer steps unless `step_scheduler_with_optimizer=False`."""
+    """Kept for compatibility. Schedulers that `prepare` returns count optimizer steps with either value, so `False` gets
+    a warning; to step them in every batch, pass `step_scheduler_with_optimizer=False` to `Accelerator`."""
 
     sync_with_dataloader: bool = True
     """End a window of accumulation with the last batch of a prepared loader."""
@@ -34,4 +35,11 @@ class GradientAccumulationPlugin(KwargsHandler):
                     accepted="an integer >= 1",
                     remedy="Pass num_steps=1 for no accumulation.",
                 )
+            )
+        if not self.adjust_scheduler:
+            warnings.warn(
+                "GradientAccumulationPlugin(adjust_scheduler=False) changes nothing: prepared schedulers count optimizer "
+                "steps with either value. To step them in every batch, pass step_scheduler_with_optimizer=False to "
+                "Accelerator.",
+                stacklevel=3,
             )

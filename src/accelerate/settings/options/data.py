@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...core.errors import SettingError, explain
+
 
 @dataclass
 class DataLoaderConfiguration:
@@ -30,3 +32,26 @@ class DataLoaderConfiguration:
 
     use_stateful_dataloader: bool = False
     """Build on torchdata's `StatefulDataLoader`. Needs torchdata >= 0.8."""
+
+    global_batch_size: int | None = None
+    """Samples of all processes together in one optimizer step, whatever their number. The loader's batch size then
+    is the most that one process takes at once: `prepare` chooses the largest batch within it that divides the
+    share of a process, and accumulates as many. Dispatched loaders do the same. Refused together with
+    `gradient_accumulation_steps` and `split_batches`, which say the same in other ways, and for a batch sampler of
+    one's own, whose batches cannot be resized. `None` means that the total follows from the loader's batch size."""
+
+    prefetch: bool = True
+    """Copy each batch to the device while the one before is computed on, through pinned memory and on a stream of its
+    own. One more batch then is in the device's memory, or a few while the host runs ahead of the device. Happens on
+    CUDA devices; changes nothing elsewhere, and for batches that only know how to move themselves."""
+
+    def __post_init__(self) -> None:
+        given = self.global_batch_size
+        if given is not None and (isinstance(given, bool) or not isinstance(given, int) or given < 1):
+            raise SettingError(
+                explain(
+                    f"DataLoaderConfiguration(global_batch_size={given!r}) is not a number of samples.",
+                    accepted="an integer >= 1, or None",
+                    remedy="Pass the number of samples that all processes together take for one optimizer step.",
+                )
+            )

@@ -1,0 +1,367 @@
+"""The windows of accumulation of a run: one for each set of models, each with a counter of its own.
+
+Owns which window a batch belongs to, and brings its loss into the gradients with the weight that `stepping.window`
+works out. When gradients are reduced is the strategy's business; when optimizers step, the optimizers'.
+
+[Note: outside a region]
+Code that sets `sync_gradients` by hand calls `backward` outside of `accumulate`. Its losses are divided by the number
+of steps and nothing else, as ever. With `num_items` a window then goes on until a `backward` while gradients
+synchronise; where they always do, each `backward` is a window.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..runtime.accumulation import GradientState
+from ..runtime.state import Runtime
+from ..settings.arguments import whole_number
+from .gradients import left_out, pack, put_back, rescale
+from .samples import samples_of_step
+from .scaling import LossScaling
+from .tally import BATCHES, ITEMS, Window, count_items
+from .window import Place, Share, next_place, share_of
+
+_NOTHING = nullcontext()
+
+
+class Region:
+    """What `accumulate` returns: one batch of a window."""
+
+    __slots__ = ("_before", "_inner", "_window", "_windows")
+
+    def __init__(self, windows: Windows, window: Window, inner: AbstractContextManager[Any]) -> None:
+        self._windows = windows
+        self._window = window
+        self._inner = inner
+        self._before: Window | None = None
+
+    def __enter__(self) -> None:
+        self._before, self._windows.current = self._windows.current, self._window
+        self._inner.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._windows.current = self._before
+        self._inner.__exit__(kind, error, traceback)
+
+
+class Windows:
+    """All windows of a run.
+
+    Args:
+        runtime: Ranks and device.
+        models: The prepared models without wrappers, a live list.
+        optimizers: The prepared optimizers, a live list.
+        scaling: The loss scaling of fp16.
+        no_sync: Returns a region in which backward keeps gradients on this rank; refuses models that were not prepared.
+        inner: Returns the model inside of wrappers.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        models: Sequence[torch.nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        scaling: LossScaling | None,
+        *,
+        no_sync: Callable[[tuple[Any, ...]], AbstractContextManager[Any]],
+        inner: Callable[[Any], Any],
+    ) -> None:
+        self._runtime = runtime
+        self._models = models
+        self._optimizers = optimizers
+        self._scaling = scaling
+        self._no_sync = no_sync
+        self._inner = inner
+        self._alone = runtime.process.world_size == 1
+        self._state = GradientState()
+        self.forget()
+        if scaling is not None:
+            scaling.pending = self._pending_parameters
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self._windows: dict[frozenset[int], Window] = {}
+        self._outside = Window()
+        self._last: Window | None = None
+        self._first_step = 0
+        self.current: Window | None = None
+        """The window of the region that runs."""
+
+    @property
+    def step(self) -> int:
+        """The counter of the window that had a batch last."""
+        return self._first_step if self._last is None else self._last.place.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        if self._last is None:
+            self._first_step = step
+        else:
+            place = self._last.place
+            self._last.place = Place(step, place.number, place.length, place.is_last)
+
+    # Batches -----------------------------------------------------------------------------------------------------
+
+    def begin(self, models: tuple[Any, ...], num_steps: int | None = None) -> Region:
+        """Count a batch of these models' window; return the region for it.
+
+        Args:
+            models: The models trained in the region, as `prepare` returned them.
+            num_steps: Length of their windows; `None` means the run's.
+        """
+        state = self._state
+        steps = state.num_steps if num_steps is None else whole_number(num_steps, "num_steps (in accumulate)")
+        window = self._find(models)
+        if window.place.is_last:
+            window.restart()
+        loader = state.active_dataloader
+        plan = getattr(loader, "global_batch", None)  # loaders of others may be among the active ones
+        before = window.place
+        if window.is_moved and plan is not None:
+            before = self._place_among_samples(window, plan, steps)
+        # Ranks that are done contribute nothing more, so what they have has to go with this step.
+        ends = state.sync_with_dataloader and (
+            state.end_of_dataloader or getattr(state.active_dataloader, "is_last_for_some", False)
+        )
+        # Asked for where a window begins only: a loader may have to look it up.
+        ahead = state.batches_ahead if before.is_last and state.sync_with_dataloader else None
+        place = next_place(before, steps, ends=ends, ahead=ahead)
+        region = Region(self, window, self._stay_local(models, place))
+        window.place, window.is_moved = place, False
+        if plan is not None:
+            own, everyone = samples_of_step(loader, plan.batch_size, plan.count)
+            window.batch = own, plan.batch_size, plan.count
+            window.total += everyone
+        else:
+            window.batch = None
+        self._last = window
+        state.window = place.number, steps
+        state.sync_gradients = place.is_last
+        return region
+
+    def _place_among_samples(self, window: Window, plan: Any, steps: int) -> Place:
+        """Return where a window stands that other ranks began with batches of another size."""
+        done, rest = divmod(window.total, plan.batch_size * plan.count)
+        if rest and self._runtime.process.rank == 0:
+            warnings.warn(
+                f"The checkpoint was saved {window.total} samples into a global batch of {plan.size}, and {plan.count} "
+                f"processes with batches of {plan.batch_size} cannot complete that exactly: the first optimizer step takes "
+                f"{window.total + (steps - done) * plan.batch_size * plan.count} samples. Each counts alike.",
+                stacklevel=5,
+            )
+        return Place(done, done, steps, is_last=False)
+
+    def _stay_local(self, models: tuple[Any, ...], place: Place) -> AbstractContextManager[Any]:
+        if self._alone or place.is_last or self._state.sync_each_batch:
+            return _NOTHING
+        return self._no_sync(models)
+
+    def _find(self, models: tuple[Any, ...]) -> Window:
+        inner = [self._inner(model) for model in models]
+        key = frozenset(map(id, inner))
+        window = self._windows.get(key)
+        if window is None or None in (window.models or ()):
+            for old in [old for old, other in self._windows.items() if None in (other.models or ())]:
+                del self._windows[old]  # its models are gone, and others may have their places in memory
+            window = self._windows[key] = Window(inner)
+            if self._last is None:
+                window.place = Place(step=self._first_step)
+        return window
+
+    # Backward ----------------------------------------------------------------------------------------------------
+
+    def backward(self, loss: torch.Tensor, num_items: Any = None, **kwargs: Any) -> None:
+        """Bring a loss into the gradients; see `Accelerator.backward`."""
+        window = self.current
+        if window is not None:
+            share = window.share() if num_items is None else self._share_of_items(window, num_items)
+        elif num_items is None:
+            steps = self._state.num_steps
+            if self._outside.is_pending or not self._state.sync_gradients:
+                self._note_outside()
+            self._run(loss if steps == 1 else loss / steps, kwargs)
+            return
+        else:
+            window = self._begin_outside()
+            share = self._share_of_items(window, num_items)
+        if share.rescale != 1.0:
+            rescale(self._parameters(window), share.rescale)
+        window.reference = share.reference
+        if share.divisor is not None:
+            self._run(loss if share.divisor == 1 else loss / share.divisor, kwargs)
+        elif window.place.is_last or (self._state.sync_each_batch and not self._alone):
+            with left_out(self._parameters(None)):
+                self._run(loss, kwargs)
+        window.is_pending = not window.place.is_last
+
+    def _run(self, loss: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        if self._scaling is not None:
+            loss = self._scaling.scale(loss)
+        loss.backward(**kwargs)
+
+    def _note_outside(self) -> None:
+        """Keep in mind that there are gradients in the middle of a window, or that there are none any more."""
+        window = self._begin_outside()
+        window.enter(BATCHES)
+        window.is_pending = not window.place.is_last
+
+    def _begin_outside(self) -> Window:
+        window, state = self._outside, self._state
+        if not window.is_pending:
+            window.restart()
+        window.place = Place(0, window.place.number + 1, state.num_steps, state.sync_gradients)
+        return window
+
+    def _share_of_items(self, window: Window, num_items: Any) -> Share:
+        count = count_items(num_items)
+        window.enter(ITEMS)
+        if window.batch is not None and not window.batch[0]:
+            count = 0  # this rank's batch is padding
+        window.own += count
+        if window.place.is_last or self._state.sync_each_batch:
+            target = self._mean(window.own)
+        else:
+            target = window.reference or count * window.place.length
+        return share_of(count, window.reference, target)
+
+    def _mean(self, number: int) -> float:
+        if self._alone:
+            return number
+        total = torch.tensor(number, dtype=torch.int64, device=self._runtime.device)
+        return self._runtime.collectives.all_reduce(total).item() / self._runtime.process.world_size
+
+    # Parameters --------------------------------------------------------------------------------------------------
+
+    def _parameters(self, window: Window | None) -> list[torch.Tensor]:
+        """Return the parameters of a window's models, and those that belong to no model but are stepped with them."""
+        models = None if window is None else window.models
+        mine = models or [*self._models]
+        others = {
+            id(parameter)
+            for model in self._models
+            if not any(model is own for own in mine)
+            for parameter in model.parameters()
+        }
+        found = {id(parameter): parameter for model in mine for parameter in _parameters_of(model)}
+        for optimizer in self._optimizers:
+            held = {id(item): item for group in optimizer.param_groups for item in group["params"]}
+            if held.keys() & found.keys() or not held.keys() & others:
+                found.update((key, item) for key, item in held.items() if key not in others)
+        return list(found.values())
+
+    def _open(self) -> list[Window]:
+        return [window for window in (*self._windows.values(), self._outside) if window.is_pending]
+
+    def _pending_parameters(self) -> list[torch.Tensor]:
+        return [parameter for window in self._open() for parameter in self._parameters(window)]
+
+    def closed(self, optimizers: Iterable[Any]) -> list[Any]:
+        """Return those of the optimizers whose gradients are not in the middle of a window."""
+        waiting = {id(parameter) for parameter in self._pending_parameters()}
+        return [
+            optimizer
+            for optimizer in optimizers
+            if not any(id(item) in waiting for group in optimizer.param_groups for item in group["params"])
+        ]
+
+    # Checkpoints -------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> list[dict[str, Any]] | None:
+        """Return counters and accumulated gradients; `None` if `step` says everything."""
+        known: list[tuple[Window, list[int] | None]] = [
+            (window, [self._index(model) for model in window.models or ()]) for window in self._windows.values()
+        ]
+        kept = [(window, indices) for window, indices in known if -1 not in (indices or ())]
+        if self._outside.is_pending:
+            kept.append((self._outside, None))
+        if len(kept) < 2 and not any(not window.place.is_last or window.is_pending for window, _ in kept):
+            return None
+        return [self._window_state(window, indices) for window, indices in kept]
+
+    def _window_state(self, window: Window, indices: list[int] | None) -> dict[str, Any]:
+        place = window.place
+        return {
+            "models": indices,
+            "is_last_used": window is self._last,
+            "step": place.step,
+            "number": place.number,
+            "length": place.length,
+            "is_last": place.is_last,
+            "measure": window.measure,
+            "reference": window.reference,
+            "own": window.own,
+            "total": window.total,
+            "gradients": self._gradients(window) if window.is_pending else {},
+        }
+
+    def load_state_dict(self, saved: Iterable[dict[str, Any]] | None, step: int) -> None:
+        """Go on with the windows that `state_dict` returned, in place of those that are open.
+
+        Args:
+            saved: The windows, if there were any to save.
+            step: The counter that goes on where they do not say.
+
+        Raises:
+            CheckpointError: If gradients do not fit the parameters.
+        """
+        for parameter in self._pending_parameters():
+            parameter.grad = None
+        self.forget()
+        self._first_step = step
+        for state in saved or ():
+            indices = state["models"]
+            if indices and max(indices) >= len(self._models):
+                continue  # a model that is not loaded here
+            window = self._outside if indices is None else self._find(tuple(self._models[index] for index in indices))
+            window.place = Place(state["step"], state["number"], state["length"], state["is_last"])
+            window.measure, window.reference = state["measure"], state["reference"]
+            window.own, window.total = state["own"], state["total"]
+            window.is_moved = state.get("is_moved", False)
+            window.is_pending = not window.place.is_last
+            if state["is_last_used"]:
+                self._last = window
+            if self._optimizers:  # or the run only evaluates
+                self._put_back(state["gradients"])
+
+    def _gradients(self, window: Window) -> dict[str, dict[str, Any]]:
+        wanted = {id(parameter) for parameter in self._parameters(window)}
+        found: dict[str, dict[str, Any]] = {}
+        for owner, named in self._named().items():
+            held = {
+                name: pack(item.grad) for name, item in named.items() if id(item) in wanted and item.grad is not None
+            }
+            wanted.difference_update(map(id, named.values()))
+            if held:
+                found[owner] = held
+        return found
+
+    def _put_back(self, gradients: dict[str, dict[str, Any]]) -> None:
+        named = self._named()
+        for owner, packed in gradients.items():
+            put_back(named.get(owner, {}), packed, owner)
+
+    def _named(self) -> dict[str, Mapping[str, torch.Tensor]]:
+        """Return all parameters by owner and name; one that optimizers share with a model is found at the model first."""
+        found: dict[str, Mapping[str, torch.Tensor]] = {
+            f"model {index}": dict(model.named_parameters()) for index, model in enumerate(self._models)
+        }
+        for index, optimizer in enumerate(self._optimizers):
+            held = [item for group in optimizer.param_groups for item in group["params"]]
+            found[f"optimizer {index}"] = {str(number): item for number, item in enumerate(held)}
+        return found
+
+    def _index(self, model: Any) -> int:
+        return next((index for index, item in enumerate(self._models) if item is model), -1)
+
+
+def _parameters_of(model: Any) -> Iterable[torch.Tensor]:
+    return model.parameters() if isinstance(model, torch.nn.Module) else ()
