@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -26,7 +26,7 @@ from .parallel.ddp import sync_in_backward, verify_device_map
 from .parallel.plan import ParallelPlan
 from .parallel.unwrap import extract_model_from_parallel
 from .runtime import ops
-from .runtime.accumulation import GradientState, plan_sync
+from .runtime.accumulation import GradientState
 from .runtime.log import get_logger
 from .runtime.memory import clear_device_cache
 from .runtime.rng import check_fit
@@ -38,7 +38,7 @@ from .session import profile as session_profile
 from .session import save as session_save
 from .session.session import Session
 from .session.state import AcceleratorState
-from .session.views import ListView, SettingView
+from .session.views import ListView, SettingView, StepView
 from .settings import env
 from .settings.arguments import UNSET, resolve, rng_types_from, whole_number
 from .settings.bag import KwargsHandler
@@ -54,8 +54,6 @@ from .stepping.optimizer import AcceleratedOptimizer
 from .stepping.scheduler import AcceleratedScheduler
 
 logger = get_logger(__name__)
-
-_NOTHING = nullcontext()
 
 
 class Accelerator:
@@ -79,6 +77,8 @@ class Accelerator:
         project_config: Folders and naming of checkpoints.
         gradient_accumulation_plugin: Options of accumulation, in place of `gradient_accumulation_steps`.
         step_scheduler_with_optimizer: `False` steps prepared schedulers at each call, whatever the optimizer did.
+        scheduler_units: What prepared schedulers count: `"optimizer_steps"`, as they are, or `"samples"`, in steps that a
+            single process would take over them. `None` means samples by whole global steps, as in 1.x.
         kwargs_handlers: At most one of each of `AutocastKwargs`, `DistributedDataParallelKwargs`,
             `GradScalerKwargs`, `InitProcessGroupKwargs` and `ProfileKwargs`.
         dynamo_backend: Compile models with this back-end of `torch.compile`.
@@ -114,6 +114,7 @@ class Accelerator:
     _schedulers = ListView("schedulers")
     _dataloaders = ListView("dataloaders")
     _custom_objects = ListView("custom_objects")
+    step = StepView()
 
     def __init__(
         self,
@@ -138,6 +139,7 @@ class Accelerator:
         dynamo_plugin: TorchDynamoPlugin | None = None,
         deepspeed_plugins: Any = None,
         parallelism_config: Any = None,
+        scheduler_units: Literal["samples", "optimizer_steps"] | None = None,
     ) -> None:
         arguments = {name: value for name, value in locals().items() if name != "self"}
         settings = resolve(arguments, env.read())
@@ -180,12 +182,10 @@ class Accelerator:
         self.gradient_state.plugin_kwargs.setdefault("num_steps", 1)
         self._precision = plan.precision
         self.native_amp = plan.precision.uses_autocast
-        self.step = 0
         self.flag_tensor: torch.Tensor | None = None
         self.trackers: list[Any] = []
         self.log_with: list[Any] = []
-        self._alone = plan.runtime.process.world_size == 1
-        self._backward_ran = self._alone
+        self._backward_ran = plan.runtime.process.world_size == 1
         # Engines that this version does not have; clients ask for them.
         self.fp8_recipe_handler = self.te_recipe_handler = self.msamp_recipe_handler = self.ao_recipe_handler = None
         self.fp8_enabled = self.has_fp8_handler = self.has_lomo_optimizer = self.delayed_fp8_autocast = False
@@ -281,6 +281,7 @@ class Accelerator:
 
     def wait_for_everyone(self) -> None:
         """Return once every rank has come. Called on all ranks; collective."""
+        uneven.check_uneven(self._session, "wait_for_everyone")
         self.state.wait_for_everyone()
 
     def main_process_first(self) -> AbstractContextManager[None]:
@@ -427,7 +428,6 @@ class Accelerator:
         count = len(objects)
         del objects  # or this frame would hold them while memory is collected
         self._session.forget()
-        self.step = 0
         self.gradient_state.sync_gradients = True
         clear_device_cache(garbage_collection=True)
         return [None] * count
@@ -457,11 +457,12 @@ class Accelerator:
         steps = whole_number(gradient_accumulation_steps, "gradient_accumulation_steps")
         self.gradient_state.plugin_kwargs.update(num_steps=steps)
 
-    def accumulate(self, *models: torch.nn.Module) -> AbstractContextManager[Any]:
+    def accumulate(self, *models: torch.nn.Module, num_steps: int | None = None) -> AbstractContextManager[Any]:
         """Return the region for one batch; at the end of each window gradients synchronise and optimizers step.
 
         Args:
-            *models: The prepared models that are trained in the region.
+            *models: The prepared models that are trained in the region. Each set of models has windows of its own.
+            num_steps: Batches in a window of these models; `None` means `gradient_accumulation_steps`.
 
         Example:
             ```python
@@ -474,16 +475,7 @@ class Accelerator:
                     optimizer.zero_grad()
             ```
         """
-        state = self.gradient_state
-        self.step, state.sync_gradients = plan_sync(
-            self.step,
-            state.num_steps,
-            end_of_dataloader=state.sync_with_dataloader and state.end_of_dataloader,
-        )
-        if self._alone or state.sync_gradients or state.sync_each_batch:
-            return _NOTHING
-        self._session.check_is_prepared(models, "accumulate")
-        return self._session.strategy.no_sync(models)
+        return self._session.windows.begin(models, num_steps)
 
     def no_sync(self, model: torch.nn.Module) -> AbstractContextManager[Any]:
         """Return a region whose backward keeps gradients on each rank; does nothing with one process."""
@@ -495,24 +487,21 @@ class Accelerator:
         """Return a region whose backward synchronises, although the forward ran under `no_sync`."""
         return sync_in_backward(model)
 
-    def backward(self, loss: torch.Tensor, **kwargs: Any) -> None:
-        """Compute gradients of the loss, divided by the number of accumulation steps. Use in place of
+    def backward(self, loss: torch.Tensor, *, num_items: int | torch.Tensor | None = None, **kwargs: Any) -> None:
+        """Compute gradients of the loss, divided by the number of batches in the window. Use in place of
         `loss.backward()`.
 
         Args:
             loss: The loss of this rank's batch.
+            num_items: Over how many items (tokens, say) of this batch the loss is a mean. Gradients at each optimizer
+                step are then those of one batch of all items of the window, on all ranks; collective at its end.
             **kwargs: As for `torch.Tensor.backward`.
         """
         if not self._backward_ran:
             self._session.strategy.check_first_backward(self._session.prepared_models)
             self._backward_ran = True
-        steps = self.gradient_state.num_steps
-        if steps != 1:
-            loss = loss / steps
-        scaling = self._session.scaling
-        if scaling is not None:
-            loss = scaling.scale(loss)
-        loss.backward(**kwargs)
+        uneven.check_uneven(self._session, "backward", joinable=num_items is None)
+        self._session.windows.backward(loss, num_items, **kwargs)
 
     def clip_grad_norm_(
         self,
@@ -568,7 +557,7 @@ class Accelerator:
                     remedy="Write: if accelerator.sync_gradients: accelerator.unscale_gradients().",
                 )
             )
-        chosen: Any = self._optimizers if optimizer is None else optimizer
+        chosen: Any = self._session.windows.closed(self._optimizers) if optimizer is None else optimizer
         chosen = chosen if isinstance(chosen, (list, tuple)) else [chosen]
         scaling.unscale(getattr(item, "optimizer", item) for item in chosen)
 
@@ -598,6 +587,7 @@ class Accelerator:
 
     def check_trigger(self) -> bool:
         """Tell whether any rank has set the flag, and clear it. Called on all ranks; collective."""
+        uneven.check_uneven(self._session, "check_trigger")
         flag = self.flag_tensor if self.flag_tensor is not None else torch.zeros(1, device=self.device)
         self.flag_tensor = None
         return bool(ops.reduce(flag, reduction="sum").item() >= 1)
@@ -611,27 +601,41 @@ class Accelerator:
 
     def gather(self, tensor: Any) -> Any:
         """Return the tensors of all ranks joined along dimension 0; see `accelerate.utils.gather`. Collective."""
+        uneven.check_uneven(self._session, "gather")
         return ops.gather(tensor)
 
-    def gather_for_metrics(self, input_data: Any, use_gather_object: bool = False) -> Any:
-        """Return the data of all ranks without the samples that made the last batch even. Collective.
+    def gather_for_metrics(
+        self, input_data: Any, use_gather_object: bool = False, *, pad_index: int = 0, dataloader: Any = None
+    ) -> Any:
+        """Return the data of all ranks: each sample once, in order, without what padded the step. Collective.
+
+        It is called inside a loop over a prepared loader, on the ranks that are in the loop. Outside of one, nothing is
+        cut.
 
         Args:
-            input_data: Nested tensors with one row for each sample, or a list with one object for each sample; objects
-                travel pickled.
-            use_gather_object: Send a tensor's rows as objects too, for shapes that differ between ranks.
+            input_data: Nested tensors with one row (or `k` rows) for each sample, or a list with as many objects, which
+                travel pickled. Tensors without dimensions are one value for each rank.
+            use_gather_object: Send a tensor's rows as objects too.
+            pad_index: What fills up tensors whose dimensions after the first differ between ranks.
+            dataloader: The prepared loader whose batch the data was computed from, where several are iterated side by
+                side; by default the innermost.
 
         Raises:
+            SettingError: (a `ValueError`) if it cannot be told what of the data is padding, or which loader it is from.
             WrongTypeError: (a `TypeError`) with several processes, for a mapping that has to travel as objects.
         """
-        return metrics.gather_for_metrics(self.gradient_state, input_data, use_gather_object)
+        return metrics.gather_for_metrics(
+            self.gradient_state, input_data, use_gather_object, pad_index=pad_index, dataloader=dataloader
+        )
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Return the sum or mean over all ranks, times `scale`; see `accelerate.utils.reduce`. Collective."""
+        uneven.check_uneven(self._session, "reduce")
         return ops.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
         """Pad tensors to the longest of all ranks; see `accelerate.utils.pad_across_processes`. Collective."""
+        uneven.check_uneven(self._session, "pad_across_processes")
         return ops.pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
     # Save --------------------------------------------------------------------------------------------------------
@@ -756,6 +760,7 @@ class Accelerator:
         """
         _refuse_keywords("save_state", save_model_func_kwargs)
         session = self._session
+        uneven.check_uneven(session, "save_state")
         if session.scaling is not None:
             session.scaling.update_if_waiting()
         return session_save.save_state(
@@ -768,6 +773,7 @@ class Accelerator:
             scaler=self.scaler,
             custom_objects=session.custom_objects,
             step=self.step,
+            windows=session.windows.state_dict(),
             runtime=self.state._runtime,
             get_model_state=self.get_state_dict,
             pre_hooks=list(session.save_hooks.values()),
@@ -806,7 +812,7 @@ class Accelerator:
             strict=keywords.get("strict", True),
             load_model_kwargs=keywords,
         )
-        self.step = loaded.step
+        session.windows.load_state_dict(loaded.windows, loaded.step)
 
     # End ---------------------------------------------------------------------------------------------------------
 

@@ -6,12 +6,12 @@ from .core.available import (
 )
 from .core.enums import DistributedType, RNGType
 from .data.dispatcher import DataLoaderDispatcher
+from .data.iterables import IterableDatasetShard
 from .data.loader import DataLoaderAdapter, DataLoaderShard, DataLoaderStateMixin
 from .data.prepare import get_sampler, prepare_data_loader
 from .data.resume import SkipDataLoader, skip_first_batches
 from .data.samplers import (
     BatchSamplerShard,
-    IterableDatasetShard,
     SeedableRandomSampler,
     SkipBatchSampler,
 )

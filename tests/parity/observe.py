@@ -709,5 +709,9 @@ def observe() -> dict[str, dict[str, Any]]:
     """Return all rows of this rank, by section."""
     gc.freeze()  # many rows collect garbage, which need not look through all that was imported
     alone = PartialState(cpu=True).num_processes == 1
-    found = {name: function() for name, function in SECTIONS.items()}
-    return {**found, "options": options()} if alone else found
+    with warnings.catch_warnings():
+        # This library warns of an option without effect, and of a schedule that is over; some rows are about these.
+        warnings.filterwarnings("ignore", r"GradientAccumulationPlugin\(adjust_scheduler=False\) changes nothing")
+        warnings.filterwarnings("ignore", "The schedule OneCycleLR has 4 steps and was over")
+        found = {name: function() for name, function in SECTIONS.items()}
+        return {**found, "options": options()} if alone else found

@@ -31,7 +31,7 @@ BATCH = 8
 BATCHES = 6  # for each rank and epoch: not a multiple of 4, so that the last window of accumulation is short
 EPOCHS = 2
 # So large that the first steps overflow, and growing so soon that later ones do again.
-SCALER = {"init_scale": 2.0**22, "growth_interval": 2}
+SCALER = {"init_scale": 2.0**20, "growth_interval": 2}
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -119,12 +119,14 @@ def by_hand(cell: Cell, rank: int, world_size: int) -> Run:
         own = [batch for number, batch in enumerate(loader) if number % world_size == rank]
         for number, (images, labels) in enumerate(own, start=1):
             sync = number % cell.steps == 0 or number == len(own)
+            first = (number - 1) // cell.steps * cell.steps
+            window = min(cell.steps, len(own) - first)  # the last one is short, and a mean over the batches it has
             with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) and not sync else nullcontext():
                 with torch.autocast("cpu", HALF.get(cell.precision), enabled=cell.precision != "no"):
                     scores = wrapped(images)
                 loss = nn.functional.cross_entropy(scores.float(), labels)
                 run.losses.append(loss.detach().clone())
-                scaler.scale(loss / cell.steps).backward()
+                scaler.scale(loss / window).backward()
             if sync:
                 if cell.clip != "none":
                     scaler.unscale_(optimizer)

@@ -15,6 +15,7 @@ A checkpoint folder:
     sampler.json                               epoch and shuffle seed of each loader
     dl_state_dict_rank0.json                   position inside a stateful loader, one per rank
     random_states_0.json                       random generators, one per rank
+    accumulation_rank0.json                    windows of accumulation and their gradients, one per rank; only if open
     custom_checkpoint_0.json                   registered objects, in order of registration
     accelerate_manifest.json                   written last: sizes and hashes of all of the above
 """
@@ -38,6 +39,7 @@ SCALER_NAME = "scaler.pt"
 SCALER_STEM = "scaler"
 RNG_STATE_NAME = "random_states"
 CUSTOM_NAME = "custom_checkpoint"
+WINDOWS_NAME = "accumulation"
 
 WEIGHTS_NAME = "pytorch_model.bin"
 WEIGHTS_PATTERN_NAME = "pytorch_model{suffix}.bin"
@@ -63,7 +65,7 @@ _OPTIMIZER = re.compile(rf"{OPTIMIZER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
 _SCHEDULER = re.compile(rf"{SCHEDULER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
 _STATE = re.compile(
     rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?"
-    r"|scaler|random_states_[0-9]+|custom_checkpoint_[0-9]+)\.(json|safetensors|bin|pkl|pt)"
+    r"|accumulation_rank[0-9]+|scaler|random_states_[0-9]+|custom_checkpoint_[0-9]+)\.(json|safetensors|bin|pkl|pt)"
 )
 
 
@@ -104,6 +106,11 @@ def rng_stem(rank: int) -> str:
 def loader_stem(index: int, rank: int) -> str:
     """Return the stem under which `rank` keeps its position in stateful loader `index`."""
     return f"{numbered(LOADER_NAME, index)}_rank{rank}"
+
+
+def windows_stem(rank: int) -> str:
+    """Return the stem under which `rank` keeps its windows of accumulation."""
+    return f"{WINDOWS_NAME}_rank{rank}"
 
 
 def custom_stem(index: int) -> str:

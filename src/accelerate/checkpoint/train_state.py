@@ -6,6 +6,7 @@ a loader and of the random generators.
 
 from __future__ import annotations
 
+import hashlib
 import random
 import warnings
 from pathlib import Path
@@ -121,11 +122,14 @@ def load_random_state(folder: Path, rank: int, saved_ranks: int | None, hardware
     Args:
         folder: The checkpoint.
         rank: Whose generators.
-        saved_ranks: How many ranks saved, if known. A rank beyond these keeps its own state and says so.
+        saved_ranks: How many ranks saved, if known. A rank beyond these gets a state that follows from rank 0's.
         hardware: What the rank computes on.
         strict: Raise if a state that was saved cannot be restored; otherwise only say so.
     """
     stem = layout.rng_stem(rank)
+    if saved_ranks is not None and rank >= saved_ranks and has_state(folder, layout.rng_stem(0)):
+        _derive_random_state(folder, rank, hardware)
+        return {}
     if not has_state(folder, stem):
         saved = "an unknown number of" if saved_ranks is None else str(saved_ranks)
         _complain(
@@ -143,36 +147,18 @@ def load_random_state(folder: Path, rank: int, saved_ranks: int | None, hardware
     return state
 
 
+def _derive_random_state(folder: Path, rank: int, hardware: Hardware) -> None:
+    """Seed the generators of a rank that the saved run did not have."""
+    root = read_state(folder, layout.rng_stem(0))["torch_manual_seed"]
+    digest = hashlib.blake2b(root.numpy().tobytes() + rank.to_bytes(8, "big"), digest_size=8)
+    seed = int.from_bytes(digest.digest(), "big")
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    hardware.manual_seed_all(seed)
+
+
 def _complain(message: str, is_error: bool) -> None:
     if is_error:
         raise CheckpointError(explain(message, remedy="Pass strict=False to go on with other random numbers."))
     warnings.warn(message, stacklevel=3)
-
-
-def loader_state(loader: Any) -> dict[str, Any]:
-    """Return how often a prepared loader was iterated, and what its sampler shuffles with."""
-    state: dict[str, Any] = {"iteration": getattr(loader, "iteration", 0)}
-    sampler = _sampler(loader)
-    for name in ("epoch", "initial_seed"):
-        if type(value := getattr(sampler, name, None)) is int:
-            state[name] = value
-    if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
-        state["generator"] = generator.get_state()
-    return state
-
-
-def set_loader_state(loader: Any, state: dict[str, Any]) -> None:
-    """Let a prepared loader, and its sampler, go on from `state`."""
-    if hasattr(loader, "iteration"):
-        loader.iteration = state["iteration"]
-    sampler = _sampler(loader)
-    for name in ("epoch", "initial_seed"):
-        if name in state and hasattr(sampler, name):
-            setattr(sampler, name, state[name])
-    generator = getattr(sampler, "generator", None)
-    if "generator" in state and isinstance(generator, torch.Generator):
-        generator.set_state(state["generator"])
-
-
-def _sampler(loader: Any) -> Any:
-    return loader.get_sampler() if hasattr(loader, "get_sampler") else None

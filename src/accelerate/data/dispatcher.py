@@ -4,10 +4,11 @@ Owns the steps of rank 0 and the others; how batches are cut is in `data.cutting
 `data.packing`, what ranks tell each other besides in `data.protocol`.
 
 [Note: the protocol]
-A pass begins with an announcement, an object broadcast from rank 0: the layout of the messages to come, `None` when
-there is no batch at all, or a `Failure`. Then each step is one scatter of equal byte buffers. Each buffer begins
-with a header that says what comes next: a message of the same layout, another announcement, or nothing, because
-this was the last batch. So a steady step costs one collective, whatever the batch holds. Rank 0 reads one batch
+A pass begins with an announcement, an object broadcast from rank 0: the layouts of the messages to come and how many
+rows each data shard gets, `None` when there is no batch at all, or a `Failure`. Then each step is one scatter of equal
+byte buffers. Each buffer begins with a header that says what comes next: a message of the same layout, another
+announcement, or nothing, because this was the last batch; and how many rows were read for this step, from which each
+rank knows what is padding. So a steady step costs one collective, whatever the batch holds. Rank 0 reads one batch
 ahead to know. An error on rank 0 is announced like a layout; every rank raises it at the same step. Where a step can
 not be packed after its layout went out, an empty buffer goes in its place, and the announcement follows.
 """
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,15 +30,18 @@ from ..runtime.ops import send_to_device
 from ..runtime.partial_state import PartialState
 from ..runtime.rng import synchronize_rng_states
 from ..runtime.state import Runtime
-from .cutting import Cutter, count_rows
+from .agreement import settle_left
+from .cutting import Cut, Cutter, count_rows
 from .loader import NOTHING, DataLoaderAdapter, DataLoaderStateMixin, known_batch_size, placement
 from .packing import Layout, allocate, pack, read_header, unpack
+from .position import Place
 from .protocol import (
     ANNOUNCED,
     CLOSED,
     FAILED,
     LAST,
     SAME,
+    Announcement,
     Closed,
     Failure,
     Pass,
@@ -45,17 +49,33 @@ from .protocol import (
     dispatch_error,
     out_of_step,
 )
-from .shards import mesh_data_shard
+from .shards import Padding, mesh_data_shard
 
 
 @dataclass(frozen=True)
 class _Step:
     """One global step on rank 0: what each data shard gets."""
 
-    pieces: list[Any]
-    layouts: list[Layout]
+    cut: Cut
+    coming: Announcement
     tensors: list[list[torch.Tensor]]
+
+    @staticmethod
+    def of(cut: Cut) -> _Step:
+        described = [Layout.describe(piece) for piece in cut.pieces]
+        coming = Announcement([layout for layout, _ in described], cut.shares)
+        return _Step(cut, coming, [tensors for _, tensors in described])
+
+
+class _Given(NamedTuple):
+    """One step on this rank."""
+
+    batch: Any
+    next_comes: int
     observed: int
+    """Rows that were read for it; -1 if it has none."""
+
+    padding: Padding | None = None
 
 
 class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
@@ -74,6 +94,10 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         iteration: The number of the first pass.
         **kwargs: Further arguments of `torch.utils.data.DataLoader`.
     """
+
+    looks_ahead = True
+    agreement = None
+    """Nothing to agree on: rank 0 knows when the pass ends."""
 
     def __init__(
         self,
@@ -105,6 +129,12 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         self._pass = Pass()
 
     @property
+    def shard_index(self) -> int:
+        """Which data shard this process gets."""
+        process = state.current_or_single().process
+        return shards_of_ranks(process.world_size, self.torch_device_mesh)[process.rank]
+
+    @property
     def state(self) -> PartialState:
         """Who this process is."""
         return PartialState()
@@ -130,23 +160,32 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
         runtime = state.current_or_single()
-        place = self._placement(runtime)
+        settle_left(self.gradient_state)
+        place, mark = self._placement(runtime), self._mark
         self._close_broken_pass(runtime)
+        pending, mark.pending = mark.pending, None
         self.begin()
         try:
-            self.set_epoch(self.iteration)
-            for batch, next_comes, observed in self._steps(runtime):
-                if next_comes == LAST:
-                    self.end_of_dataloader = True
-                    self.remainder = observed
-                yield batch if place is None else place(batch)
+            self._set_samplers_epoch(self.iteration)
+            for given in self._steps(runtime, pending):
+                mark.given += 1
+                if given.next_comes == LAST:
+                    self.end_of_dataloader = mark.finished = True
+                    self.remainder = given.observed
+                mark.padding = given.padding
+                mark.steps_given += 1
+                mark.last_batch = given.batch if place is None else place(given.batch)
+                yield mark.last_batch
+                mark.last_batch = None  # not held while the next one is made
         except GeneratorExit:
-            self._left_early += 1  # the loop was broken off; it stays the active loader until it begins again
+            if mark.finished:  # zip, for example, does not ask for more than it needs
+                mark.close()
+            self.leave()
             raise
         except BaseException:
             self.end()
             raise
-        self.iteration += 1
+        mark.close()
         self.adjust_state_dict_for_prefetch()
         self.end()
 
@@ -155,65 +194,57 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
             return placement(runtime.device, self._non_blocking)
         return partial(send_to_device, device=torch.device(self.device), non_blocking=self._non_blocking)
 
-    def _steps(self, runtime: Runtime) -> Iterator[tuple[Any, int, int]]:
-        shard_of = _shards_of_ranks(runtime.process.world_size, self.torch_device_mesh)
+    def _steps(self, runtime: Runtime, pending: Place | None) -> Iterator[_Given]:
+        shard_of = shards_of_ranks(runtime.process.world_size, self.torch_device_mesh)
         if len(shard_of) == 1:
-            return self._read_alone()
+            return self._read_alone(pending)
         if runtime.process.rank == 0:
-            return self._serve(runtime, shard_of)
-        return self._receive(runtime)
+            return self._serve(runtime, shard_of, pending)
+        return self._receive(runtime, pending)
 
-    def _read_alone(self) -> Iterator[tuple[Any, int, int]]:
+    def _read_alone(self, pending: Place | None) -> Iterator[_Given]:
         """One process: only look one ahead."""
         cutter = Cutter(count=1, split=True, drop_last=self._drop_last, slice_fn=self.slice_fn)
-        batches = islice(iter(self.base_dataloader), self._batches_to_skip(), None)
+        batches = (batch for batch, _, _ in self._reader.read(pending, ahead=True))
         current = next(batches, NOTHING)
         while current is not NOTHING:
             self.adjust_state_dict_for_prefetch()
             following = next(batches, NOTHING)
             rows = count_rows(current) if following is NOTHING else None
-            piece = current if self.slice_fn is None else cutter.cut([current])[0][0]
-            yield (
-                piece,
-                LAST if following is NOTHING else SAME,
-                -1 if rows is None else rows,
-            )
+            cut = None if self.slice_fn is None else cutter.cut([current])
+            piece = current if cut is None else cut.pieces[0]
+            yield _Given(piece, LAST if following is NOTHING else SAME, -1 if rows is None else rows)
             current = following
 
-    def _serve(self, runtime: Runtime, shard_of: list[int]) -> Iterator[tuple[Any, int, int]]:
+    def _serve(self, runtime: Runtime, shard_of: list[int], pending: Place | None) -> Iterator[_Given]:
         """Rank 0. See [Note: the protocol]."""
         collectives, own = runtime.collectives, shard_of[0]
         # Where batches need no transfer, rank 0 keeps its own piece.
         received_here = placement(runtime.device, False) is not None
-        steps = self._read_steps(max(shard_of) + 1)
+        steps = self._read_steps(max(shard_of) + 1, pending)
         current = self._pass
-        announced: list[Layout] | None = None
+        announced: Announcement | None = None
         step, error = _next_step(steps)
-        self._synchronize()
+        self._synchronize(pending)
         while step is not None:
-            if step.layouts != announced:
-                announced = step.layouts
-                error = announce(runtime, [announced[shard] for shard in shard_of])
+            if step.coming != announced:
+                announced = step.coming
+                error = announce(runtime, announced, shard_of)
                 if error is not None:
                     break
             following, error = _next_step(steps, self.adjust_state_dict_for_prefetch)
             if following is None and error is None:
-                header = (LAST, step.observed)
+                next_comes = LAST
             else:
-                header = (
-                    SAME if following is not None and following.layouts == announced else ANNOUNCED,
-                    -1,
-                )
-            message, failed = self._send(runtime, step, header, shard_of, keep=not received_here)
+                next_comes = SAME if following is not None and following.coming == announced else ANNOUNCED
+            cut = step.cut
+            message, failed = self._send(runtime, step, (next_comes, cut.observed), shard_of, keep=not received_here)
             if failed is not None:
                 error = failed
                 break
-            current.advance(header[0], message.numel())
-            yield (
-                (unpack(message, step.layouts[own]) if received_here else step.pieces[own]),
-                header[0],
-                header[1],
-            )
+            current.advance(next_comes, message.numel())
+            piece = unpack(message, step.coming.layouts[own]) if received_here else cut.pieces[own]
+            yield _Given(piece, next_comes, cut.observed, cut.shares.padding(cut.observed))
             step = following
         current.next_comes = LAST
         if error is not None:
@@ -237,7 +268,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         With `keep` rank 0 has its piece already and sends itself nothing.
         """
         device = runtime.device
-        size = max([layout.num_bytes for layout in step.layouts])
+        size = max([layout.num_bytes for layout in step.coming.layouts])
         failed: Exception | None = None
         try:
             if keep:
@@ -257,15 +288,16 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
             messages = [pack((FAILED, -1), [], size, device)] * len(shard_of)
         return runtime.collectives.scatter(output, messages), failed
 
-    def _receive(self, runtime: Runtime) -> Iterator[tuple[Any, int, int]]:
+    def _receive(self, runtime: Runtime, pending: Place | None) -> Iterator[_Given]:
         """Every other rank. See [Note: the protocol]."""
         collectives, rank = runtime.collectives, runtime.process.rank
         current = self._pass
-        self._synchronize()
-        next_comes, layout, size = ANNOUNCED, None, 0
+        self._reader.open_without_reading(pending)
+        self._synchronize(pending)
+        next_comes, coming, size = ANNOUNCED, None, 0
         while next_comes != LAST:
             if next_comes == ANNOUNCED:
-                news: list[Layout] | Failure | Closed | None = collectives.broadcast_object(None)
+                news: Announcement | Failure | Closed | None = collectives.broadcast_object(None)
                 if isinstance(news, Closed):
                     raise out_of_step(rank, current.step, news.step)
                 if isinstance(news, Failure):
@@ -273,8 +305,8 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
                     raise dispatch_error(news)
                 if news is None:
                     return
-                layout, size = news[rank], max(layout.num_bytes for layout in news)
-            assert layout is not None  # the first header is preceded by an announcement
+                coming, size = news, max(layout.num_bytes for layout in news.layouts)
+            assert coming is not None  # the first header is preceded by an announcement
             message = collectives.scatter(allocate(size, runtime.device), None)
             next_comes, observed = read_header(message)
             if next_comes == FAILED:
@@ -283,11 +315,12 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
             if next_comes == CLOSED:
                 raise out_of_step(rank, current.step, observed)
             current.advance(next_comes, size)
-            yield unpack(message, layout), next_comes, observed
+            yield _Given(unpack(message, coming.layouts[rank]), next_comes, observed, coming.shares.padding(observed))
 
-    def _synchronize(self) -> None:
-        # After rank 0 has begun to read: that draws random numbers which the other ranks do not.
-        if self.rng_types:
+    def _synchronize(self, pending: Place | None) -> None:
+        # After rank 0 has begun to read: that draws random numbers which the other ranks do not. Where a place was
+        # restored, the generators were too.
+        if self.rng_types and pending is None:
             synchronize_rng_states(self.rng_types)
 
     def _close_broken_pass(self, runtime: Runtime) -> None:
@@ -317,37 +350,53 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
             super().adjust_state_dict_for_prefetch()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the place in the current pass, counting only batches that the loop was given; empty but on rank 0."""
-        return super().state_dict() if state.current_or_single().process.rank == 0 else {}
+        """Return the place in the current pass, counting only batches that the loop was given."""
+        if state.current_or_single().process.rank == 0:
+            return super().state_dict()
+        return {"position": self.position_state()}
+
+    def own_state(self) -> dict[str, Any] | None:
+        """Return torchdata's state of the reading; only rank 0 reads."""
+        return super().own_state() if state.current_or_single().process.rank == 0 else None
+
+    @property
+    def reads_per_step(self) -> int:
+        """How many batches rank 0 reads for one step."""
+        return 1 if self.split_batches else self._num_shards
+
+    def steps_of(self, batches: int) -> int:
+        """Return how many steps are made of so many batches."""
+        if self._drop_last and not self.split_batches:
+            return batches // self.reads_per_step
+        return -(-batches // self.reads_per_step)
+
+    def batches_ahead(self) -> int | None:
+        """Return how many batches of the pass follow the one given last; `None` if that is not known."""
+        return 0 if self.end_of_dataloader else None
 
     @property
     def _num_shards(self) -> int:
-        return max(_shards_of_ranks(state.current_or_single().process.world_size, self.torch_device_mesh)) + 1
+        return max(shards_of_ranks(state.current_or_single().process.world_size, self.torch_device_mesh)) + 1
 
-    def _read_steps(self, count: int) -> Iterator[_Step]:
-        """Read and cut batches for `count` data shards, leaving out the steps to skip."""
+    def _read_steps(self, count: int, pending: Place | None) -> Iterator[_Step]:
+        """Read and cut batches for `count` data shards."""
         cutter = Cutter(
             count=count,
             split=self.split_batches,
             drop_last=self._drop_last,
             slice_fn=self.slice_fn,
+            spread=self.global_batch is not None,
         )
-        batches = iter(self.base_dataloader)
-        number, skipped = 0, self._batches_to_skip()
-        while group := list(islice(batches, 1 if self.split_batches else count)):
-            cutter.remember_opening(group)
-            number += 1
-            if number <= skipped or (self._drop_last and not self.split_batches and len(group) < count):
+        reads = self.reads_per_step
+        kept = 0 if self._drop_last or count == 1 else reads
+        batches = (batch for batch, _, _ in self._reader.read(pending, ahead=True, kept=kept))
+        while group := list(islice(batches, reads)):
+            cutter.remember_opening(self._reader.opening or group)
+            if self._drop_last and not self.split_batches and len(group) < count:
                 continue
-            pieces, observed = cutter.cut(group)
-            if pieces:
-                described = [Layout.describe(piece) for piece in pieces]
-                yield _Step(
-                    pieces,
-                    [layout for layout, _ in described],
-                    [tensors for _, tensors in described],
-                    observed,
-                )
+            cut = cutter.cut(group)
+            if cut is not None:
+                yield _Step.of(cut)
 
     def __len__(self) -> int:
         length = super().__len__()
@@ -356,7 +405,12 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         return max(0, length - self.skip_batches)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make `epoch` the number of the next pass, for samplers and datasets whose order depends on it."""
+        """Make `epoch` the number of the next pass, for samplers and datasets whose order depends on it.
+
+        A place in the middle of a pass that `load_state` restored is kept if it is in this epoch, and given up if not.
+        """
+        if epoch != self.iteration:
+            self._mark.pending = None
         self.iteration = epoch
         self._set_samplers_epoch(epoch)
 
@@ -377,8 +431,8 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         return len(dataset)
 
 
-def _shards_of_ranks(world_size: int, mesh: Any) -> list[int]:
-    """Return, for each rank, the data shard it gets."""
+def shards_of_ranks(world_size: int, mesh: Any) -> list[int]:
+    """Return, for each rank, the data shard it reads; `mesh` is the loader's, or `None`."""
     if mesh is None or not mesh.mesh_dim_names:
         return list(range(world_size))
     shards = [0] * world_size

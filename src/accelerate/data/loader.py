@@ -4,15 +4,15 @@ Owns looking one batch ahead, placing batches on the device and counting passes.
 reads: that is in the samplers it is given.
 
 [Note: one ahead]
-Whether a batch is the last is known only when the next one was asked for. So a loop over a prepared loader is one
-batch behind the loader underneath, and a state for resuming is taken before that next one is asked for.
+Whether a batch is the last is known only when the next one was asked for. Where indices say what to read, it is the
+indices of the next batch, and no sample is read ahead. A loop over an iterable dataset is one batch behind the loader
+underneath, and a state for resuming is taken before that next one is asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -25,16 +25,24 @@ from ..runtime import state
 from ..runtime.accumulation import GradientState
 from ..runtime.ops import send_to_device
 from ..runtime.rng import synchronize_rng_states
+from .agreement import Agreement, settle_left
+from .position import Bookmark, Place, Position
+from .prefetch import prefetched
+from .reader import FedLoader, Reader, shard_of
 from .samplers import (
     BatchSamplerShard,
     SeedableRandomSampler,
     SkipBatchSampler,
     num_samples_of,
 )
+from .shards import Padding
 from .stateful import make_stateful_loader
 
 NOTHING = object()
 """What a source without a further batch gives; `None` is a batch like any other."""
+
+_POSITION = "position"
+"""Under which name the state of a stateful loader holds what torchdata does not know of."""
 
 
 class DataLoaderAdapter(DataLoader[Any]):
@@ -62,12 +70,18 @@ class DataLoaderAdapter(DataLoader[Any]):
         batch_sampler: BatchSampler | Iterable[Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        make = make_stateful_loader if use_stateful_dataloader else DataLoader
+        make = make_stateful_loader if use_stateful_dataloader else FedLoader
         self.use_stateful_dataloader = use_stateful_dataloader
         self.dl_state_dict: dict[str, Any] | None = None
         self.skip_batches = 0
         self._resumes = False
-        self.base_dataloader = make(dataset, batch_sampler=batch_sampler, **kwargs)
+        self._base_counts = True
+        self.steps_before: dict[int, int] = {}
+        self.replaces: Place | None = None
+        """A restored place that the batches to skip were told in place of."""
+        self._mark = Bookmark()
+        self.base_dataloader = base = make(dataset, batch_sampler=batch_sampler, **kwargs)
+        self._reader = Reader(self, base)
 
     def __getattr__(self, name: str) -> Any:
         if name == "base_dataloader":  # copying makes an empty object first
@@ -81,8 +95,45 @@ class DataLoaderAdapter(DataLoader[Any]):
         else:
             object.__setattr__(self, name, value)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_reader"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reader = Reader(self, self.base_dataloader)
+
     def __len__(self) -> int:
         return len(self.base_dataloader)
+
+    def position_state(self) -> dict[str, Any]:
+        """Return what `load_position_state` continues from: numbers, texts and tensors."""
+        return self._reader.state()
+
+    def load_position_state(self, saved: dict[str, Any]) -> None:
+        """Let the next pass continue where `position_state` was called, on any number of processes.
+
+        Raises:
+            CheckpointError: If the data has another size now, or the samplers are others.
+        """
+        self._reader.load_state(saved)
+
+    def own_state(self) -> dict[str, Any] | None:
+        """Return torchdata's state of this rank's reading, where it saves reading up to the place again, and is right."""
+        mid_pass = self._mark.now()[1] is not None and self._mark.pending is None
+        if not (mid_pass and self.use_stateful_dataloader and self._reader.saves_in_workers and self._base_counts):
+            return None
+        base: Any = self.base_dataloader
+        return base.state_dict() if self.dl_state_dict is None else self.dl_state_dict
+
+    def load_own_state(self, saved: dict[str, Any]) -> None:
+        """Continue from what `own_state` returned on this rank."""
+        self.dl_state_dict = saved
+        if not self._reader.iterable:
+            self._reader.go_to_step(_steps_of(saved))
+            return
+        base: Any = self.base_dataloader
+        base.load_state_dict(saved)
+        self._resumes = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the current pass, counting only batches that the loop was given.
@@ -91,7 +142,11 @@ class DataLoaderAdapter(DataLoader[Any]):
             SettingError: (a `ValueError`) without `use_stateful_dataloader`.
         """
         base: Any = self._require_stateful("state_dict")
-        return base.state_dict() if self.dl_state_dict is None else self.dl_state_dict
+        # Asked before the first pass, torchdata's loader would begin one, by itself.
+        unread = not self._reader.iterable and base._iterator is None
+        kept = self.dl_state_dict if self._reader.iterable or unread else None
+        own = kept if kept is not None else {} if unread else base.state_dict()
+        return {**own, _POSITION: self.position_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the next pass from a place that `state_dict` returned.
@@ -99,21 +154,20 @@ class DataLoaderAdapter(DataLoader[Any]):
         Raises:
             SettingError: (a `ValueError`) without `use_stateful_dataloader`.
         """
-        base: Any = self._require_stateful("load_state_dict")
-        base.load_state_dict(state_dict)
-        self.dl_state_dict = state_dict
-        self._resumes = True
+        self._require_stateful("load_state_dict")
+        own = {name: value for name, value in state_dict.items() if name != _POSITION}
+        if _POSITION in state_dict:
+            self.load_position_state(state_dict[_POSITION])
+        if _POSITION not in state_dict or self._reader.saves_in_workers:
+            self.load_own_state(own)
+        else:  # where indices say what to read, the place is known without torchdata's state
+            self.dl_state_dict = own
 
     def adjust_state_dict_for_prefetch(self) -> None:
         """Take the state for resuming before a batch is read ahead. See [Note: one ahead]."""
         if self.use_stateful_dataloader:
             base: Any = self.base_dataloader
             self.dl_state_dict = base.state_dict()
-
-    def _batches_to_skip(self) -> int:
-        # A saved place lies behind the batches to skip already.
-        resumes, self._resumes = self._resumes, False
-        return 0 if resumes else self.skip_batches
 
     def _require_stateful(self, method: str) -> DataLoader[Any]:
         if not self.use_stateful_dataloader:
@@ -179,7 +233,7 @@ def innermost_sampler(sampler: Any) -> Any:
 
 
 class DataLoaderStateMixin:
-    """What `GradientState` reads from the loader a loop runs over.
+    """What accumulation, metrics and checkpoints read from the loader a loop runs over.
 
     `end_of_dataloader` is true during the last batch. `remainder` is the number of real samples in the last global
     batch: 0 when it is full, -1 when that is not known.
@@ -188,12 +242,75 @@ class DataLoaderStateMixin:
     end_of_dataloader = False
     remainder = -1
     gradient_state: GradientState
+    global_batch: Any = None
+    shard_index = 0
+    """Which data shard this process reads."""
+    shard_count = 1
+    looks_ahead = False
+    """Whether it finds out by itself which batch is the last."""
+    reads_per_step = 1
+    """How many batches are read for one step."""
+    _mark: Bookmark
+    _reader: Reader
     _left_early = 0
+    steps_before: dict[int, int]
+    """How many batches each loader around this one had given when its pass began, by identity."""
+
+    @property
+    def iteration(self) -> int:
+        """The number of the pass that runs, or comes next. Loaders that `skip_first_batches` returns share it."""
+        return self._mark.iteration
+
+    @iteration.setter
+    def iteration(self, value: int) -> None:
+        self._mark.iteration = value
+
+    @property
+    def padding(self) -> Padding | None:
+        """What each data shard got in the step of the last batch, where that was not the same for all."""
+        return self._mark.padding
+
+    @padding.setter
+    def padding(self, value: Padding | None) -> None:
+        self._mark.padding = value
+
+    @property
+    def last_batch(self) -> Any:
+        """The batch given last; `None` outside a pass."""
+        return self._mark.last_batch
+
+    @last_batch.setter
+    def last_batch(self, value: Any) -> None:
+        self._mark.last_batch = value
+
+    @property
+    def steps_given(self) -> int:
+        """How many batches the loader has given in all its passes."""
+        return self._mark.steps_given
+
+    @steps_given.setter
+    def steps_given(self, value: int) -> None:
+        self._mark.steps_given = value
+
+    @property
+    def position(self) -> Position:
+        """Where outer loops start: after `load_state` where the run was, else where the loader is."""
+        epoch, place, done = self._mark.now()
+        return Position(epoch, *((0, 0) if place is None else self._reader.progress(place, done)))
+
+    def steps_of(self, batches: int) -> int:
+        """Return how many steps are made of so many batches of the source."""
+        return batches
+
+    def batches_ahead(self) -> int | None:
+        """Return how many batches of the pass follow the one given last; `None` if that is not known."""
+        return 0 if self.end_of_dataloader else None
 
     def reset(self) -> None:
         """Forget what is known of the last batch."""
         self.end_of_dataloader = False
         self.remainder = -1
+        self._mark.padding = self._mark.last_batch = None
 
     def begin(self) -> None:
         """Start a pass: this is the innermost loader now."""
@@ -202,12 +319,19 @@ class DataLoaderStateMixin:
         self._left_early = 0
         self.reset()
         self.remainder = self._expected_remainder()
+        around = [loader for loader in self.gradient_state.dataloader_references if loader is not None]
+        self.steps_before = {id(loader): getattr(loader, "steps_given", 0) for loader in around if loader is not self}
         self.gradient_state._add_dataloader(self)
 
     def end(self) -> None:
         """End a pass: the loader around this one, if any, is the innermost again."""
         self.gradient_state._remove_dataloader(self)
         self.reset()
+
+    def leave(self) -> None:
+        """Take note that the loop was broken off; it stays the active loader until it begins again."""
+        self._left_early += 1
+        self._mark.padding = self._mark.last_batch = None
 
     def _expected_remainder(self) -> int:
         return -1
@@ -250,44 +374,69 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         self.gradient_state = GradientState()
         self.torch_device_mesh = torch_device_mesh
         self.iteration = iteration
+        self.shard_index, self.shard_count = shard_of(dataset, self.index_sampler)
         self._drop_last = _drop_last
         self._non_blocking = _non_blocking
         self._seed_is_shared = False
+        self.agreement: Agreement | None = None
+        """How ranks find out together that they are done, where each has samples of its own."""
+        self.prefetches = False
+        """Whether batches are copied to the device while the ones before are computed on."""
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        self._synchronize()
-        place = placement(self.device, self._non_blocking)
-        look_ahead = self.adjust_state_dict_for_prefetch if self.use_stateful_dataloader else None
+        settle_left(self.gradient_state)
+        place = placement(self.device, self._non_blocking or self.prefetches)
+        ahead = self.prefetches and place is not None and self.device is not None
+        mark = self._mark
+        pending, mark.pending = mark.pending, None
+        if pending is None:
+            self._synchronize()
         self.begin()
         try:
-            self.set_epoch(self.iteration)
-            batches = islice(iter(self.base_dataloader), self._batches_to_skip(), None)
-            current = next(batches, NOTHING)
-            if current is not NOTHING:
-                if look_ahead is not None:
-                    look_ahead()
-                for following in batches:
-                    yield current if place is None else place(current)
-                    current = following
-                    if look_ahead is not None:
-                        look_ahead()
-                self.end_of_dataloader = True
-                yield current if place is None else place(current)
+            self._set_samplers_epoch(self.iteration)
+            reads = self._reader.read(pending, ahead=ahead)
+            if ahead and place is not None and self.device is not None:
+                reads, place = prefetched(reads, place, torch.device(self.device)), None
+            for batch, padding, last in reads:
+                mark.given += 1
+                mark.steps_given += 1
+                mark.padding = padding
+                if last:
+                    self.end_of_dataloader = mark.finished = True
+                mark.last_batch = batch = batch if place is None else place(batch)
+                yield batch
         except GeneratorExit:
-            self._left_early += 1  # the loop was broken off; it stays the active loader until it begins again
+            if mark.finished:  # zip, for example, does not ask for more than it needs
+                mark.close()
+            self.leave()
             raise
         except BaseException:
             self.end()
             raise
-        self.iteration += 1
+        mark.close()
         self.adjust_state_dict_for_prefetch()
         self.end()
 
     def __len__(self) -> int:
         return max(0, super().__len__() - self.skip_batches)
 
+    def batches_ahead(self) -> int | None:
+        """Return how many batches of the pass follow the one given last; `None` if that is not known."""
+        return 0 if self.end_of_dataloader else self._reader.batches_ahead()
+
+    @property
+    def is_last_for_some(self) -> bool:
+        """Whether a data shard, this one or another, has no batch after this step."""
+        following = self._reader.feed.paddings.get(self._mark.given + 1)
+        return self.end_of_dataloader or (following is not None and 0 in following.rows)
+
     def set_epoch(self, epoch: int) -> None:
-        """Make `epoch` the number of the next pass, for samplers and datasets whose order depends on it."""
+        """Make `epoch` the number of the next pass, for samplers and datasets whose order depends on it.
+
+        A place in the middle of a pass that `load_state` restored is kept if it is in this epoch, and given up if not.
+        """
+        if epoch != self.iteration:
+            self._mark.pending = None
         self.iteration = epoch
         self._set_samplers_epoch(epoch)
 
@@ -340,6 +489,13 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         if RNGType.GENERATOR in [RNGType(kind) for kind in self.rng_types]:
             sampler.initial_seed = state.current_or_single().collectives.broadcast_object(sampler.initial_seed)
             self._seed_is_shared = True
+
+
+def _steps_of(saved: dict[str, Any]) -> int:
+    """Return how many batches a loader of torchdata had given."""
+    if "_num_yielded" in saved:
+        return saved["_num_yielded"]
+    return saved["_snapshot"]["_snapshot_step"] + saved["_steps_since_snapshot"]
 
 
 def known_batch_size(size: int | None, sampler: Any) -> int:

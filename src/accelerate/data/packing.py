@@ -124,6 +124,8 @@ def pack(header: tuple[int, int], tensors: list[torch.Tensor], num_bytes: int, d
         if tensor.device != place:  # made on the device already: join everything there
             place = device
         flat = (tensor.detach() if tensor.requires_grad else tensor).reshape(-1)
+        if flat.stride(0) != 1:  # one column of a tensor, for example
+            flat = flat.clone(memory_format=torch.contiguous_format)
         parts.append(flat.view(torch.uint8))
         filled += tensor.nbytes
     if filled < num_bytes:

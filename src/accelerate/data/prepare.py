@@ -11,13 +11,23 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 from ..core.enums import RNGType
 from ..core.errors import SettingError, UnsupportedCombination, explain
 from ..runtime import state
 from ..runtime.rng import check_rng_type
+from .agreement import Agreement
 from .dispatcher import DataLoaderDispatcher
+from .global_batch import GlobalBatch, plan_global_batch
+from .iterables import IterableDatasetShard
 from .loader import (
     DataLoaderAdapter,
     DataLoaderShard,
@@ -25,9 +35,10 @@ from .loader import (
     innermost_sampler,
     replace_innermost_sampler,
 )
-from .samplers import BatchSamplerShard, IterableDatasetShard, SeedableRandomSampler
+from .samplers import BatchSamplerShard, SeedableRandomSampler
 from .shards import ShardPlan, mesh_data_shard
-from .stateful import stateful_class
+from .sources import Source, SourceKind, plan_source
+from .stateful import make_stateful_loader, stateful_class
 
 
 def prepare_data_loader(
@@ -46,6 +57,8 @@ def prepare_data_loader(
     non_blocking: bool = False,
     use_stateful_dataloader: bool = False,
     torch_device_mesh: Any = None,
+    global_batch_size: int | None = None,
+    prefetch: bool = False,
 ) -> DataLoader[Any]:
     """Make a loader give this process its share of the data.
 
@@ -70,6 +83,8 @@ def prepare_data_loader(
         use_stateful_dataloader: Use torchdata's loader, which can save its place within a pass.
         torch_device_mesh: A mesh; processes that differ along its axes tp, cp, sp or pp only read the same data.
             It takes the place of `num_processes` and `process_index`.
+        global_batch_size: Samples of all processes in one optimizer step; no batch is larger than the loader's own.
+        prefetch: Copy each batch to the device while the one before is computed on.
 
     Returns:
         A `DataLoaderShard`, or with dispatching a `DataLoaderDispatcher`.
@@ -81,40 +96,46 @@ def prepare_data_loader(
     """
     if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
         return dataloader
-    dispatch = _chooses_dispatch(dataloader, dispatch_batches, put_on_device)
     index, count = _data_shard(num_processes, process_index, torch_device_mesh)
+    source = plan_source(dataloader.dataset, index, count)
+    dispatch = _chooses_dispatch(dataloader, dispatch_batches, put_on_device, source)
     _check_loader(dataloader, count)
-    if count > 1 and not even_batches:
-        _check_uneven(dataloader, dispatch, dispatch_batches)
+    _check_uneven(dataloader, dispatch, dispatch_batches, even_batches or count == 1)
+    dataloader, batches = _in_global_batches(dataloader, global_batch_size, count)
     if use_seedable_sampler:
         _make_seedable(dataloader, data_seed)
-    common = {
-        "skip_batches": dataloader.skip_batches if isinstance(dataloader, DataLoaderAdapter) else 0,
-        "use_stateful_dataloader": use_stateful_dataloader or is_stateful(dataloader),
-        "_drop_last": dataloader.drop_last or getattr(dataloader.batch_sampler, "drop_last", False),
-        "_non_blocking": non_blocking,
-        "torch_device_mesh": torch_device_mesh,
-    }
+    common = _common_arguments(dataloader, use_stateful_dataloader, non_blocking, torch_device_mesh)
     if dispatch:
-        if split_batches:
-            ShardPlan(count=count, batch_size=_batch_size(dataloader), split=True).check()
-        arguments = {"split_batches": split_batches, "slice_fn": slice_fn_for_dispatch, **loader_arguments(dataloader)}
-        dispatcher = DataLoaderDispatcher(**common, **arguments)
+        arguments = _dispatched_arguments(dataloader, rng_types, count, split_batches, batches)
+        dispatcher = DataLoaderDispatcher(slice_fn=slice_fn_for_dispatch, **common, **arguments)
         dispatcher.device, dispatcher.rng_types = device, _without_generator(rng_types)  # only rank 0 draws an order
+        dispatcher.global_batch = batches
         return dispatcher
-    generator, rng_types = _shared_generator(dataloader, rng_types, count)
-    return DataLoaderShard(
-        device=device if put_on_device else None,
-        rng_types=rng_types,
-        synchronized_generator=generator,
-        **common,
-        **_sharded_arguments(dataloader, index, count, split_batches, even_batches),
-    )
+    generator, rng_types = _shared_generator(dataloader, rng_types, count, always=batches is not None)
+    common["device"] = device if put_on_device else None
+    arguments = _sharded_arguments(dataloader, index, count, split_batches, even_batches, batches, source)
+    prepared = DataLoaderShard(rng_types=rng_types, synchronized_generator=generator, **common, **arguments)
+    prepared.global_batch, prepared.prefetches = batches, prefetch and put_on_device
+    if source.ragged and count > 1:
+        prepared.agreement = Agreement(drop_last=dataloader.drop_last)
+        prepared.shard_index, prepared.shard_count = index, count
+    return prepared
 
 
-def _chooses_dispatch(dataloader: DataLoader[Any], dispatch_batches: bool | None, put_on_device: bool) -> bool:
+def _chooses_dispatch(
+    dataloader: DataLoader[Any], dispatch_batches: bool | None, put_on_device: bool, source: Source
+) -> bool:
     if dispatch_batches is None:
-        return put_on_device and isinstance(dataloader.dataset, IterableDataset)
+        return put_on_device and isinstance(dataloader.dataset, IterableDataset) and not source.ragged
+    if dispatch_batches and source.kind is SourceKind.ALREADY:
+        raise UnsupportedCombination(
+            explain(
+                f"dispatch_batches=True reads on rank 0 for all, and {type(dataloader.dataset).__name__} gives each rank "
+                f"samples of its own ({source.reason}): those of the others would be lost.",
+                accepted="dispatch_batches=None or False",
+                remedy="Leave dispatch_batches out, or give the DataLoader a dataset that is not split.",
+            )
+        )
     if dispatch_batches and not put_on_device:
         raise UnsupportedCombination(
             explain(
@@ -159,10 +180,10 @@ def _check_loader(dataloader: DataLoader[Any], count: int) -> None:
         )
 
 
-def _check_uneven(dataloader: DataLoader[Any], dispatch: bool, dispatch_batches: bool | None) -> None:
+def _check_uneven(dataloader: DataLoader[Any], dispatch: bool, dispatch_batches: bool | None, even: bool) -> None:
     """Tell that `even_batches=False` cannot be had, if that is so."""
-    if dataloader.drop_last or getattr(dataloader.batch_sampler, "drop_last", False):
-        return  # nothing is topped up
+    if even or dataloader.drop_last or getattr(dataloader.batch_sampler, "drop_last", False):
+        return  # as asked, or nothing is topped up
     if dispatch and dispatch_batches:
         raise SettingError(
             explain(
@@ -232,14 +253,21 @@ def _sharded_arguments(
     count: int,
     split_batches: bool,
     even_batches: bool,
+    batches: GlobalBatch | None,
+    source: Source,
 ) -> dict[str, Any]:
     arguments = loader_arguments(dataloader)
-    if count == 1:
+    if count == 1 and batches is None:
         return arguments
     if isinstance(dataloader.dataset, IterableDataset):
         size = dataloader.batch_size
+        if source.ragged:
+            arguments["dataset"] = source.dataset
+            if split_batches and size is not None:
+                arguments["batch_size"] = size // count
+            return arguments
         arguments["dataset"] = IterableDatasetShard(
-            dataloader.dataset,
+            source.dataset,
             # Where the dataset makes its batches itself, each of its items is one.
             batch_size=1 if size is None else size,
             drop_last=dataloader.drop_last,
@@ -247,6 +275,7 @@ def _sharded_arguments(
             process_index=index,
             split_batches=split_batches,
         )
+        arguments["dataset"].spread = batches is not None
         if split_batches and size is not None:
             arguments["batch_size"] = size // count
         return arguments
@@ -258,7 +287,65 @@ def _sharded_arguments(
         split_batches=split_batches,
         even_batches=even_batches,
     )
+    if batches is not None:
+        arguments[key].spread, arguments[key].multiple = True, batches.size
     return arguments
+
+
+def _common_arguments(dataloader: DataLoader[Any], stateful: bool, non_blocking: bool, mesh: Any) -> dict[str, Any]:
+    return {
+        "skip_batches": dataloader.skip_batches if isinstance(dataloader, DataLoaderAdapter) else 0,
+        "use_stateful_dataloader": stateful or is_stateful(dataloader),
+        "_drop_last": dataloader.drop_last or getattr(dataloader.batch_sampler, "drop_last", False),
+        "_non_blocking": non_blocking,
+        "torch_device_mesh": mesh,
+    }
+
+
+def _dispatched_arguments(
+    dataloader: DataLoader[Any],
+    rng_types: Sequence[str | RNGType] | None,
+    count: int,
+    split_batches: bool,
+    batches: GlobalBatch | None,
+) -> dict[str, Any]:
+    if split_batches:
+        ShardPlan(count=count, batch_size=_batch_size(dataloader), split=True).check()
+    arguments = {"split_batches": split_batches, **loader_arguments(dataloader)}
+    if batches is not None:
+        # Its order is the one that ranks would share, and it leaves out what they would.
+        _shared_generator(dataloader, rng_types, 1, always=True)
+        if "batch_sampler" in arguments:
+            arguments["batch_sampler"] = whole = BatchSamplerShard(arguments["batch_sampler"])
+            whole.spread, whole.multiple = True, batches.size
+    return arguments
+
+
+def _in_global_batches(
+    dataloader: DataLoader[Any], size: int | None, count: int
+) -> tuple[DataLoader[Any], GlobalBatch | None]:
+    """Return a loader with batches that make up global ones of `size` samples, and how."""
+    if size is None:
+        return dataloader, None
+    batches = plan_global_batch(size, _resizable(dataloader), count)
+    return _resized(dataloader, batches.batch_size), batches
+
+
+def _resizable(dataloader: DataLoader[Any]) -> int | None:
+    """Return the batch size of a loader that can be given another one."""
+    iterable = isinstance(dataloader.dataset, IterableDataset)
+    return dataloader.batch_size if iterable or type(dataloader.batch_sampler) is BatchSampler else None
+
+
+def _resized(dataloader: DataLoader[Any], batch_size: int) -> DataLoader[Any]:
+    if batch_size == dataloader.batch_size:
+        return dataloader
+    arguments = loader_arguments(dataloader)
+    if "batch_sampler" in arguments:
+        arguments.pop("batch_sampler")
+        arguments.update(sampler=dataloader.sampler, drop_last=dataloader.drop_last)
+    arguments["batch_size"] = batch_size
+    return make_stateful_loader(**arguments) if is_stateful(dataloader) else DataLoader(**arguments)
 
 
 def _batch_size(dataloader: DataLoader[Any]) -> int | None:
@@ -316,14 +403,15 @@ def _without_generator(rng_types: Sequence[str | RNGType] | None) -> list[str | 
 
 
 def _shared_generator(
-    dataloader: DataLoader[Any], rng_types: Sequence[str | RNGType] | None, count: int
+    dataloader: DataLoader[Any], rng_types: Sequence[str | RNGType] | None, count: int, *, always: bool
 ) -> tuple[torch.Generator | None, Sequence[str | RNGType] | None]:
     """Return the generator that decides the order of samples, and the types of generators to synchronise.
 
     A sampler without a generator gets one, seeded from torch's global one, so that what else a rank draws from
-    that does not change its order. It stays without one when ranks are asked to share the global one itself.
+    that does not change its order. It stays without one when ranks are asked to share the global one itself, and,
+    unless `always`, where there is one process, which then draws what a loop without this library draws.
     """
-    if count == 1:
+    if count == 1 and not always:
         return None, _without_generator(rng_types)
     kinds = [check_rng_type(kind) for kind in rng_types or ()]
     source: Any = dataloader.dataset if isinstance(dataloader.dataset, IterableDataset) else get_sampler(dataloader)
@@ -337,6 +425,6 @@ def _shared_generator(
         generator = torch.Generator()
         generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
         source.generator = generator
-    if not isinstance(generator, torch.Generator):
+    if count == 1 or not isinstance(generator, torch.Generator):
         return None, None if rng_types is None else [kind for kind in kinds if kind is not RNGType.GENERATOR]
     return generator, rng_types

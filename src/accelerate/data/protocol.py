@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ..core.errors import AccelerateError, explain
 from ..runtime.state import Runtime
+from .cutting import Shares
 from .packing import Layout
 
 SAME, ANNOUNCED, LAST, FAILED, CLOSED = range(5)
@@ -26,6 +27,16 @@ class DispatchError(AccelerateError, RuntimeError):
 
     Also raised on a rank that left a loop at another step than rank 0.
     """
+
+
+@dataclass(frozen=True)
+class Announcement:
+    """What the messages to come look like."""
+
+    layouts: list[Layout]
+    """By rank, on the way to other ranks; by data shard on rank 0."""
+
+    shares: Shares
 
 
 @dataclass(frozen=True)
@@ -61,10 +72,16 @@ class Pass:
         self.step += 1
 
 
-def announce(runtime: Runtime, layouts: list[Layout]) -> Exception | None:
-    """Tell all ranks the layouts of their messages; return why nothing could be told."""
+def announce(runtime: Runtime, coming: Announcement, shard_of: list[int]) -> Exception | None:
+    """Tell all ranks the layouts of their messages; return why nothing could be told.
+
+    Args:
+        runtime: This process.
+        coming: With the layouts by data shard.
+        shard_of: For each rank, its data shard.
+    """
     try:
-        runtime.collectives.broadcast_object(layouts)
+        runtime.collectives.broadcast_object(Announcement([coming.layouts[shard] for shard in shard_of], coming.shares))
     except Exception as error:  # noqa: BLE001 - a leaf that cannot be pickled may raise anything, before anything is sent
         return error
     return None

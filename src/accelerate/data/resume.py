@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from ..core.errors import SettingError, explain
 from ..runtime.accumulation import GradientState
+from .agreement import Agreement
 from .dispatcher import DataLoaderDispatcher
 from .loader import DataLoaderAdapter, DataLoaderShard, DataLoaderStateMixin
 from .prepare import is_stateful, loader_arguments
@@ -39,10 +40,15 @@ class SkipDataLoader(DataLoaderAdapter, DataLoaderStateMixin):
         self.gradient_state = GradientState()
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        for batch in islice(iter(self.base_dataloader), self._batches_to_skip(), None):
+        for batch in islice(iter(self.base_dataloader), self._left_out(), None):
             self.adjust_state_dict_for_prefetch()
             yield batch
         self.adjust_state_dict_for_prefetch()
+
+    def _left_out(self) -> int:
+        # A place that was loaded lies behind the batches to skip already.
+        resumes, self._resumes = self._resumes, False
+        return 0 if resumes else self.skip_batches
 
     def __len__(self) -> int:
         return max(0, super().__len__() - self.skip_batches)
@@ -104,9 +110,23 @@ def skip_first_batches(dataloader: DataLoader[Any], num_batches: int = 0) -> Dat
     else:
         _left_to_reading(arguments, num_batches)
         skipping = make_stateful_loader(**arguments) if is_stateful(dataloader) else DataLoader(**arguments)
+    if isinstance(skipping, (DataLoaderShard, DataLoaderDispatcher)):
+        _continue_for(skipping, dataloader)
     if hasattr(dataloader, "_is_accelerate_prepared"):
         skipping._is_accelerate_prepared = dataloader._is_accelerate_prepared  # pyright: ignore[reportAttributeAccessIssue]
     return skipping
+
+
+def _continue_for(skipping: Any, dataloader: Any) -> None:
+    """Let a loader count its passes and places as those of the loader it was made from."""
+    skipping._mark = dataloader._mark
+    skipping.replaces = dataloader._mark.pending
+    skipping.global_batch = dataloader.global_batch
+    if isinstance(dataloader, DataLoaderShard):
+        skipping.prefetches = dataloader.prefetches
+        skipping.shard_index, skipping.shard_count = dataloader.shard_index, dataloader.shard_count
+        if dataloader.agreement is not None:
+            skipping.agreement = Agreement(drop_last=dataloader._drop_last)
 
 
 def _of_prepared(dataloader: DataLoaderShard | DataLoaderDispatcher) -> dict[str, Any]:

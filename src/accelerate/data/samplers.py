@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
 
 import torch
 from torch.utils.data import (
     BatchSampler,
-    IterableDataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -99,6 +99,10 @@ class BatchSamplerShard(BatchSampler):
         self.process_index = process_index
         self.split_batches = split_batches
         self.even_batches = even_batches
+        self.spread = False
+        """Share an incomplete last round out evenly, as a fixed global batch size needs."""
+        self.multiple = 1
+        """With `drop_last`, leave out what is not a whole multiple of so many samples."""
         self.batch_size: int | None = getattr(batch_sampler, "batch_size", None)  # pyright: ignore[reportIncompatibleVariableOverride]
         self.drop_last = getattr(batch_sampler, "drop_last", False)
         self._plan()
@@ -112,6 +116,8 @@ class BatchSamplerShard(BatchSampler):
             split=self.split_batches,
             even=self.even_batches,
             drop_last=self.drop_last,
+            spread=self.spread,
+            multiple=self.multiple,
         ).check()
 
     @property
@@ -130,87 +136,13 @@ class BatchSamplerShard(BatchSampler):
         ) != (plan.batch_size, plan.drop_last):
             return plan.walk(source)
         if type(source.sampler) is SequentialSampler:
-            return _sequential_batches(plan, len(source.sampler))
+            return sequential_batches(plan, len(source.sampler))
         if type(source.sampler) in (
             RandomSampler,
             SeedableRandomSampler,
         ) and is_permutation(source.sampler):
-            return _shuffled_batches(plan, cast("RandomSampler", source.sampler))
+            return _shuffled(plan, cast("RandomSampler", source.sampler))
         return plan.walk(source)
-
-
-class IterableDatasetShard(IterableDataset):
-    """The samples of one process out of an iterable dataset that all processes read.
-
-    The dataset must give the same samples on all processes: where it shuffles, from a seed they share.
-
-    Args:
-        dataset: The dataset to share out.
-        batch_size: Samples in a batch: of one process, or of all with `split_batches`.
-        drop_last: Leave an incomplete last round out, in place of topping it up from the beginning.
-        num_processes: Among how many.
-        process_index: For which one.
-        split_batches: Each round is one batch, cut into equal parts, in place of one batch for each process.
-
-    Raises:
-        SettingError: (a `ValueError`) if the batch size cannot be split evenly.
-
-    Example:
-        >>> # dataset yields 0, 1, ..., 12
-        >>> list(IterableDatasetShard(dataset, batch_size=4, num_processes=2, process_index=1))
-        [4, 5, 6, 7, 12, 0, 1, 2]
-    """
-
-    def __init__(
-        self,
-        dataset: IterableDataset[Any],
-        batch_size: int = 1,
-        drop_last: bool = False,
-        num_processes: int = 1,
-        process_index: int = 0,
-        split_batches: bool = False,
-    ) -> None:
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.drop_last = drop_last
-        self.num_processes = num_processes
-        self.process_index = process_index
-        self.split_batches = split_batches
-        self.epoch = 0
-        self._plan()
-
-    def _plan(self) -> ShardPlan:
-        return ShardPlan(
-            index=self.process_index,
-            count=self.num_processes,
-            batch_size=self.batch_size,
-            split=self.split_batches,
-            drop_last=self.drop_last,
-        ).check()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Tell the dataset which epoch comes next, if it wants to know."""
-        self.epoch = epoch
-        if hasattr(self.dataset, "set_epoch"):
-            self.dataset.set_epoch(epoch)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def __len__(self) -> int:
-        plan = self._plan()
-        return plan.num_batches(len(self.dataset)) * plan.rows  # pyright: ignore[reportArgumentType]
-
-    def __iter__(self) -> Iterator[Any]:
-        plan = self._plan()
-        mine = slice(plan.offset, plan.offset + plan.rows)
-        samples = iter(self.dataset)
-        opening: list[Any] = []
-        while block := list(islice(samples, plan.stride)):
-            opening = opening or block
-            if len(block) < plan.stride:
-                if plan.drop_last:
-                    return
-                while len(block) < plan.stride:
-                    block += opening[: plan.stride - len(block)]
-            yield from block[mine]
 
 
 class SkipBatchSampler(BatchSampler):
@@ -273,15 +205,34 @@ def num_samples_of(batch_sampler: Any) -> int | None:
     return len(batch_sampler.sampler)
 
 
-def _sequential_batches(plan: ShardPlan, num_samples: int) -> Iterator[list[int]]:
+def sequential_batches(plan: ShardPlan, num_samples: int) -> Iterator[list[int]]:
+    """Yield a shard's batches of samples that are read in order."""
     stride, rows = plan.stride, plan.rows
-    for start in range(plan.offset, plan.offset + plan.num_regular(num_samples) * stride, stride):
+    first = plan.begin + plan.offset
+    for start in range(first, first + plan.num_regular(num_samples) * stride, stride):
         yield list(range(start, start + rows))
     yield from plan.irregular(num_samples)
 
 
-def _shuffled_batches(plan: ShardPlan, sampler: RandomSampler | SeedableRandomSampler) -> Iterator[list[int]]:
-    num_samples = len(sampler.data_source)
+@dataclass
+class Order:
+    """The permutation of one pass."""
+
+    sampler: RandomSampler | SeedableRandomSampler
+    generator: torch.Generator
+    order: torch.Tensor
+    """Shape (num_samples,), integers."""
+
+    def finish(self) -> None:
+        """Leave the sampler as it is at the end of a pass."""
+        if isinstance(self.sampler, SeedableRandomSampler):
+            self.sampler.set_epoch(self.sampler.epoch + 1)
+        elif self.sampler.generator is not None:
+            _skip_permutation(len(self.sampler.data_source), self.generator)
+
+
+def draw_order(sampler: RandomSampler | SeedableRandomSampler) -> Order:
+    """Draw the permutation of a pass, as iterating the sampler would."""
     if isinstance(sampler, SeedableRandomSampler):
         sampler._seed_epoch()
     generator = sampler.generator
@@ -289,18 +240,26 @@ def _shuffled_batches(plan: ShardPlan, sampler: RandomSampler | SeedableRandomSa
         # As torch's sampler does: a generator of its own for each pass, seeded from the global one.
         generator = torch.Generator()
         generator.manual_seed(int(torch.empty((), dtype=torch.int64).random_().item()))
-    order = _permutation(num_samples, generator)
+    return Order(sampler, generator, _permutation(len(sampler.data_source), generator))
+
+
+def shuffled_batches(plan: ShardPlan, drawn: Order) -> Iterator[list[int]]:
+    """Yield a shard's batches of a permutation, which is given up as soon as the shard's rows are taken from it."""
+    order, num_samples = drawn.order, len(drawn.order)
     regular = plan.num_regular(num_samples)
-    mine = order.as_strided((regular, plan.rows), (plan.stride, 1), plan.offset if regular else 0).clone()
+    first = plan.begin + plan.offset if regular else 0
+    mine = order.as_strided((regular, plan.rows), (plan.stride, 1), first).clone()
     irregular = [order[torch.tensor(positions)].tolist() for positions in plan.irregular(num_samples)]
-    del order  # the whole permutation need not outlive this rank's rows of it
+    del order
+    drawn.order = mine.new_empty(0)  # the whole permutation need not outlive this rank's rows of it
     for some in mine.split(_BATCHES_AT_ONCE):
         yield from some.tolist()
     yield from irregular
-    if isinstance(sampler, SeedableRandomSampler):
-        sampler.set_epoch(sampler.epoch + 1)
-    elif sampler.generator is not None:
-        _skip_permutation(num_samples, generator)
+    drawn.finish()
+
+
+def _shuffled(plan: ShardPlan, sampler: RandomSampler) -> Iterator[list[int]]:
+    yield from shuffled_batches(plan, draw_order(sampler))
 
 
 _MOST_SAMPLES = 2**32 // 20

@@ -4,14 +4,15 @@ Owns the index arithmetic. Never touches tensors, devices, loaders or process gr
 `data.prepare` and by tests.
 
 [Note: positions]
-Samples are numbered in the order in which the sampler gives them. They are dealt in rounds of `stride`; in each,
-shard `index` reads `rows` of them from `offset` on. A last round that is short is, with `even`, continued from
-the first sample again, as often as it takes: position `p` past the end is sample `p % num_samples`.
+Samples are numbered in the order in which the sampler gives them. They are dealt in rounds of `stride`, from `begin`
+on; in each, shard `index` reads `rows` of them from `offset` on. A last round that is short is, with `even`, continued
+from the first sample again, as often as it takes: position `p` past the end is sample `p % num_samples`. With `spread`
+its samples are shared out evenly, and only a shard that gets none of them reads one that is padding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from itertools import cycle, islice
 from math import prod
@@ -41,6 +42,18 @@ def mesh_data_shard(axis_names: Sequence[str], shape: Sequence[int], coordinate:
     return index, prod(size for size, _ in data)
 
 
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """What the data shards get in one step, where that is not the same number of real samples for all."""
+
+    rows: tuple[int, ...]
+    """Samples in the batch of each shard; 0 for one that has no batch in this step."""
+
+    real: tuple[int, ...]
+    """How many of them, from the front, no other shard and no earlier step has; the others are padding. -1 where a
+    slicing function of the user's own does not let one tell."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardPlan:
     """The share of one data shard in a stream of batches. See [Note: positions]."""
@@ -62,6 +75,15 @@ class ShardPlan:
 
     drop_last: bool = False
     """Leave an incomplete last round out."""
+
+    spread: bool = False
+    """Share the samples of an incomplete last round out evenly, in place of topping up."""
+
+    multiple: int = 1
+    """With `drop_last`, leave out what is not a whole multiple of so many samples."""
+
+    begin: int = 0
+    """Which sample is dealt first: those before it were, perhaps to another number of shards."""
 
     def check(self) -> ShardPlan:
         """Return the plan if it can be carried out.
@@ -110,27 +132,57 @@ class ShardPlan:
             raise SettingError(explain("A source of batches without batch_size has no positions."))
         return self.batch_size
 
+    def usable(self, num_samples: int) -> int:
+        """Count the samples that are not left out for being no whole multiple."""
+        return num_samples - num_samples % self.multiple if self.drop_last else num_samples
+
     def num_batches(self, num_samples: int) -> int:
         """Count this shard's batches from a source that cuts `num_samples` into batches of `batch_size`."""
+        left = max(0, self.usable(num_samples) - self.begin)
         if self.drop_last:
-            return num_samples // self.stride
-        if self.even:
-            return -(-num_samples // self.stride)
-        return max(0, -((self.offset - num_samples) // self.stride))
+            return left // self.stride
+        if self.even or self.spread:
+            return -(-left // self.stride)
+        return max(0, -((self.offset - left) // self.stride))
 
     def num_regular(self, num_samples: int) -> int:
         """Count those of them that are full without topping up; they come first."""
-        whole = max(0, (num_samples - self.offset - self.rows) // self.stride + 1)
+        left = num_samples - self.begin
+        if self.spread:
+            return min(max(0, left // self.stride), self.num_batches(num_samples))
+        whole = max(0, (left - self.offset - self.rows) // self.stride + 1)
         return min(whole, self.num_batches(num_samples))
 
     def irregular(self, num_samples: int) -> list[list[int]]:
         """Return the positions in the batches after the regular ones: none, or one that is topped up or short."""
         found = []
         for step in range(self.num_regular(num_samples), self.num_batches(num_samples)):
-            start = step * self.stride + self.offset
-            positions = range(start, start + self.rows)
+            start = self.begin + step * self.stride
+            if self.spread:
+                sizes = self._spread(num_samples - start)
+                start += sum(sizes[: self.index])
+                found.append(list(range(start, start + sizes[self.index])) or [0])
+                continue
+            positions = range(start + self.offset, start + self.offset + self.rows)
             found.append([p % num_samples for p in positions if self.even or p < num_samples])
         return found
+
+    def padding(self, num_samples: int) -> tuple[int, Padding] | None:
+        """Return the step in which shards get different numbers of real samples, and how many; `None` if in none."""
+        step, left = divmod(max(0, num_samples - self.begin), self.stride)
+        if left == 0 or self.drop_last:
+            return None
+        if self.spread:
+            real = self._spread(left)
+            found = Padding(tuple(max(1, size) for size in real), tuple(real))
+        else:
+            real = [min(max(0, left - index * self.rows), self.rows) for index in range(self.count)]
+            found = Padding((self.rows,) * self.count if self.even else tuple(real), tuple(real))
+        return (step, found) if self.count > 1 else None
+
+    def _spread(self, left: int) -> list[int]:
+        share, more = divmod(left, self.count)
+        return [share + (index < more) for index in range(self.count)]
 
     def length(self, source_length: int, num_samples: int | None = None) -> int:
         """Count this shard's batches.
@@ -155,17 +207,44 @@ class ShardPlan:
         Nothing of the source is changed. Batches need not have `batch_size` samples; without one, they need not
         even be lists, and are given out whole.
         """
-        return self._walk_parts(source) if self.split else self._walk_whole(source)
+        return (batch for batch, _ in self.deal(source))
 
-    def _walk_whole(self, source: Iterable[Any]) -> Iterator[Any]:
-        opening: list[Any] = []
+    def deal(self, source: Iterable[Any], opening: Sequence[Any] = ()) -> Iterator[tuple[Any, Padding | None]]:
+        """Yield what `walk` does, each batch with what the other shards get in the same step, if that differs.
+
+        Args:
+            source: Gives batches, from `begin` on.
+            opening: The first batches of the pass where `source` begins later, to top up with; one for each shard,
+                or one with `split`.
+        """
+        return self._deal_parts(source, opening) if self.split else self._deal_whole(source, list(opening))
+
+    def _deal_whole(self, source: Iterable[Any], opening: list[Any]) -> Iterator[tuple[Any, Padding | None]]:
         for batches, last in _groups(source, self.count):
             opening = opening or batches
-            complete = len(batches) == self.count
-            if last and not self.drop_last and self.even:
-                yield self._topped_up(batches, opening)[self.index]
-            elif complete or (not self.drop_last and self.index < len(batches)):
-                yield batches[self.index]
+            missing = self.count - len(batches)
+            if last and not self.drop_last and self.spread:
+                yield self._spread_out(batches, opening)
+                continue
+            given = self._topped_up(batches, opening) if last and not self.drop_last and self.even else batches
+            if self.index < len(given) and not (missing and self.drop_last):
+                yield given[self.index], self._padding(given, batches)
+
+    def _spread_out(self, batches: list[Any], opening: list[Any]) -> tuple[Any, Padding | None]:
+        samples = [sample for batch in batches for sample in batch]
+        sizes = self._spread(len(samples))
+        start = sum(sizes[: self.index])
+        mine = samples[start : start + sizes[self.index]] or [opening[0][0]]
+        padding = Padding(tuple(max(1, size) for size in sizes), tuple(sizes))
+        return mine, padding if len(set(sizes)) > 1 else None
+
+    def _padding(self, given: list[Any], batches: list[Any]) -> Padding | None:
+        if self.count == 1:
+            return None
+        absent = (0,) * (self.count - len(given))
+        rows = tuple(_size(batch) for batch in given) + absent
+        real = tuple(_size(batch) for batch in batches) + (0,) * (self.count - len(batches))
+        return None if rows == real and len(set(rows)) == 1 else Padding(rows, real)
 
     def _topped_up(self, batches: list[Any], opening: list[Any]) -> list[Any]:
         missing = self.count - len(batches)
@@ -182,25 +261,40 @@ class ShardPlan:
             *([*islice(filling, self.batch_size)] for _ in range(missing)),
         ]
 
-    def _walk_parts(self, source: Iterable[list[Any]]) -> Iterator[list[Any]]:
-        opening: list[Any] = []
+    def _deal_parts(
+        self, source: Iterable[list[Any]], given: Sequence[list[Any]]
+    ) -> Iterator[tuple[list[Any], Padding | None]]:
+        opening = [*given[0]] if given else []
         for (batch,), last in _groups(source, 1):
             opening = opening or batch
-            part = self._part(batch, opening, last)
+            if last and not self.drop_last and self.spread:
+                yield self._spread_out([batch], [opening])
+                continue
+            part, padding = self._part(batch, opening, last)
             if part:
-                yield part
+                yield part, padding
 
-    def _part(self, batch: list[Any], opening: list[Any], last: bool) -> list[Any]:
+    def _part(self, batch: list[Any], opening: list[Any], last: bool) -> tuple[list[Any], Padding | None]:
         size = len(batch)
+        whole = batch
         if self.drop_last:
             rows = size // self.count
+            size = rows * self.count
         elif self.even:
             target = max(self._size, size) if last else size
             rows = -(-target // self.count)
-            batch = [*batch, *islice(cycle(opening), rows * self.count - size)] if rows * self.count > size else batch
+            whole = [*batch, *islice(cycle(opening), rows * self.count - size)] if rows * self.count > size else batch
         else:
             rows = max(self.rows, -(-size // self.count))
-        return batch[self.index * rows : (self.index + 1) * rows]
+        mine = whole[self.index * rows : (self.index + 1) * rows]
+        if rows * self.count == size or self.count == 1:
+            return mine, None
+        real = tuple(min(max(0, size - index * rows), rows) for index in range(self.count))
+        return mine, Padding((rows,) * self.count if self.even and not self.drop_last else real, real)
+
+
+def _size(batch: Any) -> int:
+    return len(batch) if isinstance(batch, Sized) else 1
 
 
 def _groups(source: Iterable[Any], size: int) -> Iterator[tuple[list[Any], bool]]:

@@ -6,7 +6,9 @@ one with quirks overrides a method in a file of its own.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +36,9 @@ class Hardware:
 
     rng_key: str = ""
     """The name of its random state inside checkpoints."""
+
+    copies_ahead: bool = False
+    """Whether copies from pinned memory run beside the computation, on a stream of their own."""
 
     @property
     def module(self) -> Any:
@@ -83,6 +88,27 @@ class Hardware:
     def synchronize(self) -> None:
         """Wait for the work queued on the current device."""
         self._call("synchronize")
+
+    def copy_stream(self, device: torch.device) -> Any:
+        """Return the stream on which batches are copied to `device`, always the same; `None` if there is none.
+
+        Memory allocated on a stream is used again on that one only, so one stream for all copies keeps it small.
+        """
+        if not self.copies_ahead:
+            return None
+        return _copy_stream(self.name, self.device().index if device.index is None else device.index)
+
+    def current_stream(self, device: torch.device) -> Any:
+        """Return the stream on which work for `device` is queued now."""
+        return self._call("current_stream", device)
+
+    def on_stream(self, stream: Any) -> AbstractContextManager[Any]:
+        """Queue the work of the body on `stream`, and select its device there."""
+        return self.module.stream(stream)
+
+    def pin(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor on the CPU in memory that the device reads by itself; the same if it is there already."""
+        return tensor if tensor.is_pinned() else tensor.pin_memory()
 
     def empty_cache(self) -> None:
         """Give cached memory back to the system."""
@@ -166,6 +192,11 @@ class Cpu(Hardware):
     @property
     def needs_placement(self) -> bool:
         return False
+
+
+@functools.cache
+def _copy_stream(name: str, index: int) -> Any:
+    return torch.get_device_module(name).Stream(device=torch.device(name, index))
 
 
 _OUT_OF_MEMORY = (

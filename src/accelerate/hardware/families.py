@@ -19,6 +19,7 @@ FAMILIES: dict[str, Hardware] = {
             "nccl",
             "CUDA_VISIBLE_DEVICES",
             "torch_cuda_manual_seed",
+            copies_ahead=True,
         ),
         Hardware(
             "xpu",

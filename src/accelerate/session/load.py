@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import commit, full, layout, legacy, manifest, train_state
+from ..checkpoint import commit, full, gradients, layout, legacy, manifest, train_state
 from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
-from .save import checkpoints_folder, is_stateful, leads_on_disk
+from .save import checkpoints_folder, leads_on_disk
 
 LoadHook = Callable[[list[torch.nn.Module], str], None]
 
@@ -31,6 +31,8 @@ class Loaded:
     """The accumulation step; 0 if the checkpoint does not say."""
     iteration: int
     """The number of the next save."""
+    windows: Any = None
+    """The state of windows of accumulation, if any were open."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +104,17 @@ def load_state(
         for index, optimizer in enumerate(optimizers):
             full.load_optimizer(optimizer, source, index)
         _load_shared(source, schedulers, dataloaders, scaler, custom_objects)
-        for index, loader in enumerate(dataloaders):
-            if is_stateful(loader):
-                _load_position(source, index, loader, runtime.process.rank, strict)
-        # Last, because what came before may have drawn random numbers.
         saved_ranks = choice.manifest.world_size if choice.manifest else None
+        if saved_ranks in (None, runtime.process.world_size):
+            _load_own_reading(source, dataloaders, runtime.process.rank)
+        # Last, because what came before may have drawn random numbers.
+        windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
         rest = train_state.load_random_state(source, runtime.process.rank, saved_ranks, runtime.hardware, strict)
     number = layout.checkpoint_number(source.name)
     if project.automatic_checkpoint_naming and number is not None:
         project.iteration = max(project.iteration, number + 1)
     step = choice.manifest.step if choice.manifest else rest.get("step", 0)
-    return Loaded(source, step, project.iteration)
+    return Loaded(source, step, project.iteration, windows)
 
 
 def _look(folder: str | Path | None, project: ProjectConfiguration, strict: bool) -> _Choice:
@@ -237,25 +239,19 @@ def _load_shared(
     for index, loader in enumerate(dataloaders):
         stem = layout.numbered(layout.SAMPLER_NAME, index)
         if (source / layout.state_files(stem)[0]).is_file():
-            train_state.set_loader_state(loader, train_state.read_state(source, stem))
+            if hasattr(loader, "load_position_state"):
+                loader.load_position_state(train_state.read_state(source, stem))
         else:
-            warnings.warn(f"{source} does not say in which epoch loader {index} was; it starts anew.", stacklevel=3)
+            warnings.warn(f"{source} does not say where loader {index} was; it starts anew.", stacklevel=3)
     if scaler is not None:
         scaler.load_state_dict(train_state.read_state(source, layout.SCALER_STEM))
     for index, custom in enumerate(custom_objects):
         custom.load_state_dict(train_state.read_state(source, layout.custom_stem(index)))
 
 
-def _load_position(source: Path, index: int, loader: Any, rank: int, strict: bool) -> None:
-    stem = layout.loader_stem(index, rank)
-    if train_state.has_state(source, stem):
-        loader.load_state_dict(train_state.read_state(source, stem))
-        return
-    problem = f"{source} holds no position of rank {rank} in stateful loader {index}"
-    if strict:
-        raise CheckpointError(
-            explain(
-                f"{problem}.", remedy="Continue with as many ranks as saved, or pass strict=False to start the epoch."
-            )
-        )
-    warnings.warn(f"{problem}; it starts the epoch anew.", stacklevel=3)
+def _load_own_reading(source: Path, dataloaders: Sequence[Any], rank: int) -> None:
+    """Load what torchdata's loaders keep of each rank's reading; without it the place is found by reading on."""
+    for index, loader in enumerate(dataloaders):
+        stem = layout.loader_stem(index, rank)
+        if getattr(loader, "use_stateful_dataloader", False) and train_state.has_state(source, stem):
+            loader.load_own_state(train_state.read_state(source, stem))

@@ -1,33 +1,76 @@
-"""Gather results of all ranks without the samples that were added to make batches even."""
+"""Gather results of all ranks: each sample of the dataset once, in order, without what padded a step.
+
+Owns which loader results belong to, and what of each rank's part is kept. What is padding comes from the loader
+(`Padding` in `data.shards`); how ranks talk is in `collectives`.
+
+[Note: what can be cut]
+In a step with padding the padded rows are the last ones of a rank's batch. So a tensor, or a list of objects, with
+`k` entries for each row keeps `k` times as many as the rank has real rows; `k` is the same on all ranks, or which
+entry belongs to which row were a guess. A value without rows counts once for each rank that has a real row. A
+mean that was spread over the configured batch size, `loss.repeat(batch_size)`, where the batch is shorter than that,
+counts once for each real row. Anything else raises, on all ranks, since all know the shapes of all.
+
+[Note: who takes part]
+A rank without a batch in this step has left the loop, and may wait in another collective. So where there is one, the
+others talk point to point.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..core.errors import WrongTypeError, explain
-from ..core.tree import tree_leaves
+from ..collectives import Collectives
+from ..core.errors import SettingError, WrongTypeError, explain
+from ..core.tree import tree_leaves, tree_map
+from ..data.agreement import settle_left
+from ..data.dispatcher import shards_of_ranks
+from ..data.shards import Padding
 from ..runtime import ops, state
 from ..runtime.accumulation import GradientState
 
 
-def gather_for_metrics(gradient_state: GradientState, input_data: Any, use_gather_object: bool) -> Any:
-    """Return the data of all ranks, cut to the real samples on a loader's last batch. Collective.
+def gather_for_metrics(
+    gradient_state: GradientState,
+    input_data: Any,
+    use_gather_object: bool = False,
+    *,
+    pad_index: int = 0,
+    dataloader: Any = None,
+) -> Any:
+    """Return the data of all ranks without padding. Collective among the ranks that have a batch in this step.
 
     Args:
-        gradient_state: Knows the loader being iterated.
+        gradient_state: Knows the loaders being iterated.
         input_data: Nested tensors, or a list of objects, which travel pickled, with one entry for each sample.
-        use_gather_object: Send a tensor's rows as objects too, for shapes that differ.
+        use_gather_object: Send a tensor's rows as objects too.
+        pad_index: What fills tensors whose dimensions after the first differ between ranks.
+        dataloader: The prepared loader whose batch the data comes from, where several are iterated at once.
 
     Raises:
+        SettingError: (a `ValueError`) if it cannot be told what of the data is padding, or which loader it is from.
         WrongTypeError: (a `TypeError`) with several processes, for a mapping that has to travel as objects.
     """
+    settle_left(gradient_state)
+    active = [loader for loader in gradient_state.dataloader_references if loader is not None]
+    if dataloader is not None and not any(loader is dataloader for loader in active):
+        raise SettingError(
+            explain(
+                f"gather_for_metrics got dataloader={type(dataloader).__name__}, which is not being iterated: what was "
+                "padding in its last batch is not known.",
+                accepted="a loader that prepare() returned, inside a loop over it",
+                remedy="Call it inside the loop, or leave dataloader= out: outside of loops nothing is cut.",
+            )
+        )
     leaves = list(tree_leaves(input_data))
     # Nothing at all counts as objects: another rank's objects must meet it in the same operation.
     as_objects = use_gather_object or not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves)
-    if state.current_or_single().process.world_size == 1:
+    runtime = state.current_or_single()
+    if runtime.process.world_size == 1:
         return input_data
     if as_objects and isinstance(input_data, Mapping):
         raise WrongTypeError(
@@ -38,8 +81,283 @@ def gather_for_metrics(gradient_state: GradientState, input_data: Any, use_gathe
                 remedy="Gather its values one after the other.",
             )
         )
-    data = ops.gather_object(input_data) if as_objects else ops.gather(input_data)
-    real = gradient_state.remainder
-    if not gradient_state.end_of_dataloader or real <= 0:
-        return data
-    return data[:real] if as_objects else ops.slice_tensors(data, slice(0, real))
+    loader = choose_loader(active, input_data) if dataloader is None else dataloader
+    step = step_of(loader, runtime.process.rank, runtime.process.world_size)
+    if as_objects:
+        return _gather_objects(runtime.collectives, step, input_data)
+    return _gather_tensors(runtime.collectives, step, input_data, leaves, pad_index)
+
+
+# Which loader -----------------------------------------------------------------------------------------------------
+
+
+def choose_loader(active: Sequence[Any], data: Any) -> Any:
+    """Return the loader whose step `data` comes from; `None` if none is iterated.
+
+    Several at once are a loop inside a loop (evaluation inside training: the inner one is meant), or loops side by
+    side, such as `zip(first, second)`. Which of these can be told once an outer loader has given a batch after the
+    inner one began.
+
+    Args:
+        active: The loaders being iterated, outermost first.
+        data: What is gathered.
+
+    Raises:
+        SettingError: (a `ValueError`) for loops side by side whose steps are padded differently.
+    """
+    found = list({id(loader): loader for loader in reversed(active)}.values())  # innermost first
+    # One that was left by `break` stays among them until it begins again.
+    found = [loader for loader in found if not getattr(loader, "_left_early", 0)] or found[:1]
+    if not found or _same_outcome(found):
+        return found[0] if found else None
+    givers = _givers(found, data)
+    if givers and _same_outcome(givers):
+        return givers[0]
+    inner, *outer = found
+    before: Mapping[int, int] = getattr(inner, "steps_before", {})
+    beside = [loader for loader in outer if (given := _given(loader)) != before.get(id(loader), given)]
+    if givers or not _same_outcome([inner, *beside]):
+        raise SettingError(
+            explain(
+                f"gather_for_metrics cannot tell which of {len(found)} loaders that are iterated side by side its data "
+                "comes from, and their steps have different padding: "
+                f"{', '.join(_told(getattr(loader, 'padding', None)) for loader in found)}.",
+                accepted="data of one loader, named where several are iterated in one loop",
+                remedy="Pass dataloader=, the loader whose batch the data was computed from; one call for each loader.",
+            )
+        )
+    return inner
+
+
+def _given(loader: Any) -> int:
+    return getattr(loader, "steps_given", 0)
+
+
+def _same_outcome(loaders: Sequence[Any]) -> bool:
+    return len({(getattr(loader, "padding", None), _mesh_of(loader)) for loader in loaders}) == 1
+
+
+def _mesh_of(loader: Any) -> Any:
+    return getattr(loader, "torch_device_mesh", None)
+
+
+def _givers(loaders: Sequence[Any], data: Any) -> list[Any]:
+    """Return the loaders whose last batches hold a part of `data`, and no other loader's."""
+    marks = _marks(data)
+    theirs = [_marks(getattr(loader, "last_batch", None)) for loader in loaders]
+    count = Counter(mark for given in theirs for mark in given)
+    return [
+        loader for loader, given in zip(loaders, theirs, strict=True) if any(count[mark] == 1 for mark in marks & given)
+    ]
+
+
+def _marks(data: Any) -> set[tuple[str, int]]:
+    """Return what tells data apart from a copy: the storages of tensors, and which lists and mappings these are."""
+    marks: set[tuple[str, int]] = set()
+    if type(data) is torch.Tensor and data.layout is torch.strided and data.numel():
+        marks.add(("storage", data.untyped_storage().data_ptr()))
+    elif isinstance(data, (list, tuple, Mapping)):
+        if not isinstance(data, tuple) and len(data):
+            marks.add(("object", id(data)))
+        for item in data.values() if isinstance(data, Mapping) else data:
+            marks |= _marks(item)
+    return marks
+
+
+def _told(padding: Padding | None) -> str:
+    return "none" if padding is None else f"{padding.real} of {padding.rows} rows are real"
+
+
+# What each rank brings ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one rank has in a step."""
+
+    rank: int
+    rows: int
+    """Samples in its batch."""
+
+    real: int
+    """How many of them, from the front, are kept."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the ranks have that are in the loop, in order of rank."""
+
+    parts: tuple[Part, ...]
+    cuts: bool
+    """Whether anything is padding."""
+
+    uneven: bool
+    """Whether ranks have different numbers of samples, or padding; then the shapes of results may differ too."""
+
+    copies: frozenset[int]
+    """Ranks that work on the same batch as one before them; their results are left out."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Who is in the loop."""
+        return tuple([part.rank for part in self.parts])
+
+
+def step_of(loader: Any, rank: int, world_size: int) -> Step:
+    """Return what ranks have in the step whose batch `loader` gave last; outside of a loop it is `None`.
+
+    Raises:
+        SettingError: (a `ValueError`) if the loader cannot tell.
+    """
+    padding: Padding | None = getattr(loader, "padding", None)
+    shard_of = shards_of_ranks(world_size, _mesh_of(loader))
+    copies = frozenset(place for place, shard in enumerate(shard_of) if shard in shard_of[:place])
+    if padding is None:
+        return Step(tuple([Part(place, 1, 1) for place in range(world_size)]), False, False, copies)
+    count = len(padding.rows)
+    if count != max(shard_of) + 1 or min(padding.real) < 0 or not padding.rows[shard_of[rank]]:
+        problem = (
+            f"rank {rank} has no batch"
+            if count == max(shard_of) + 1 and min(padding.real) >= 0
+            else "slice_fn_for_dispatch gave pieces that are not rows, one after the other"
+            if count == max(shard_of) + 1
+            else f"the loader was prepared for {count} processes or groups of them, and there are {max(shard_of) + 1}"
+        )
+        raise SettingError(
+            explain(
+                f"gather_for_metrics cannot tell which rows of this step are padding: {problem}.",
+                accepted="loaders that share rows out over all processes",
+                remedy="Use accelerator.gather and cut yourself, or drop_last=True, which pads nothing.",
+            )
+        )
+    parts = [Part(place, padding.rows[shard], padding.real[shard]) for place, shard in enumerate(shard_of)]
+    return Step(tuple([part for part in parts if part.rows]), padding.rows != padding.real, True, copies)
+
+
+def kept_lengths(step: Step, lengths: Sequence[int]) -> list[int] | None:
+    """Return how many entries of each rank are kept, from the front. See [Note: what can be cut].
+
+    Args:
+        step: Whose rows.
+        lengths: How many entries each rank has.
+
+    Returns:
+        `None` if the number of entries for each row is not the same whole number on all ranks.
+    """
+    if not step.cuts:
+        return list(lengths)
+    times = {divmod(length, part.rows) for part, length in zip(step.parts, lengths, strict=True)}
+    if len(times) > 1 or (factor := times.pop())[1]:
+        return None
+    return [factor[0] * part.real for part in step.parts]
+
+
+def _uncuttable(step: Step, kind: str, brought: Iterable[str]) -> SettingError:
+    rows = ", ".join(
+        f"rank {part.rank}: {text} for {part.rows} rows, of which {part.real} are real"
+        for part, text in zip(step.parts, brought, strict=True)
+    )
+    return SettingError(
+        explain(
+            f"gather_for_metrics cannot tell what of {kind} belongs to the rows that pad this step ({rows}).",
+            accepted="k entries for each row of the batch along dimension 0, with the same k on all ranks; values without "
+            "dimensions; or a value repeated over the batch",
+            remedy="Size results by the batch itself, not by the configured batch size; pass dataloader= if they come from "
+            "another loader than the innermost; or use accelerator.gather for what does not belong to samples.",
+        )
+    )
+
+
+# Tensors --------------------------------------------------------------------------------------------------------------
+
+
+def _gather_tensors(talk: Collectives, step: Step, data: Any, leaves: list[torch.Tensor], pad_index: int) -> Any:
+    if not step.uneven and all(leaf.dim() < 2 for leaf in leaves):
+        gathered = ops.gather(data)  # the usual case: nothing has to be known of the others
+        return gathered if not step.copies else tree_map(lambda joined: _without_copies(step, joined), gathered)
+    talk.check("gather_for_metrics", data, ranks=step.ranks, sizes=False)
+    shapes = iter(_shapes(talk, step, leaves))
+    return tree_map(lambda leaf: _gather_leaf(talk, step, leaf, next(shapes), pad_index), data)
+
+
+def _without_copies(step: Step, joined: torch.Tensor) -> torch.Tensor:
+    parts = joined.chunk(len(step.parts)) if len(joined) else ()
+    return torch.cat([part for place, part in enumerate(parts) if place not in step.copies]) if parts else joined
+
+
+def _shapes(talk: Collectives, step: Step, leaves: list[torch.Tensor]) -> Iterator[list[tuple[int, ...]]]:
+    """Yield, for each tensor, its shape on each rank that is in the loop. One exchange for all."""
+    sizes = [size for leaf in leaves for size in leaf.shape]
+    table = [[]] * len(step.parts)
+    if sizes:
+        mine = torch.tensor(sizes, device=leaves[0].device)
+        table = talk.gather_among(mine, step.ranks).view(len(step.parts), -1).tolist()
+    start = 0
+    for leaf in leaves:
+        yield [tuple(row[start : start + leaf.dim()]) for row in table]
+        start += leaf.dim()
+
+
+def _gather_leaf(
+    talk: Collectives, step: Step, leaf: torch.Tensor, shapes: list[tuple[int, ...]], pad_index: int
+) -> torch.Tensor:
+    if not leaf.dim():
+        values = talk.gather_among(leaf, step.ranks)
+        kept = [place for place, part in enumerate(step.parts) if part.real and part.rank not in step.copies]
+        return values if len(kept) == len(values) else values[kept]
+    common = [max(sizes) for sizes in zip(*shapes, strict=True)]
+    joined = talk.gather_among(_padded(leaf, common, pad_index), step.ranks)
+    if not step.cuts and not step.copies and all(shape[0] == common[0] for shape in shapes):
+        return joined
+    pieces = [piece[: shape[0]] for piece, shape in zip(joined.view(len(shapes), *common), shapes, strict=True)]
+    lengths = kept_lengths(step, [shape[0] for shape in shapes])
+    if lengths is not None:
+        pieces = [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
+    elif _is_spread_mean(step, pieces):
+        pieces = [piece[: part.real] for part, piece in zip(step.parts, pieces, strict=True)]
+    else:
+        raise _uncuttable(step, "a tensor", [f"shape {shape}" for shape in shapes])
+    return torch.cat([piece for part, piece in zip(step.parts, pieces, strict=True) if part.rank not in step.copies])
+
+
+def _is_spread_mean(step: Step, pieces: list[torch.Tensor]) -> bool:
+    first = pieces[0]
+    if first.dim() != 1 or not first.is_floating_point() or any(len(piece) != len(first) for piece in pieces):
+        return False
+    return all(len(piece) > part.rows for part, piece in zip(step.parts, pieces, strict=True)) and all(
+        torch.allclose(piece, piece[:1].expand_as(piece), rtol=0, atol=0, equal_nan=True) for piece in pieces
+    )
+
+
+def _padded(leaf: torch.Tensor, shape: list[int], value: int) -> torch.Tensor:
+    if list(leaf.shape) == shape:
+        return leaf
+    padded = leaf.new_full(shape, value)
+    padded[tuple([slice(size) for size in leaf.shape])] = leaf
+    return padded
+
+
+# Objects --------------------------------------------------------------------------------------------------------------
+
+
+def _gather_objects(talk: Collectives, step: Step, data: Any) -> list[Any]:
+    brought = talk.gather_object_among(data, step.ranks)
+    items = [list(mine) if ops._has_rows(mine) else None for mine in brought]
+    if any(mine is None for mine in items):
+        if step.cuts and not all(mine is None for mine in items):
+            raise _uncuttable(step, "objects", [_described(mine) for mine in items])
+        # One object of each rank, which may be of lists on some.
+        items = [
+            [whole] * bool(part.real) if mine is None else mine
+            for part, whole, mine in zip(step.parts, brought, items, strict=True)
+        ]
+    else:
+        lengths = kept_lengths(step, [len(mine or ()) for mine in items])
+        if lengths is None:
+            raise _uncuttable(step, "objects", [_described(mine) for mine in items])
+        items = [(mine or [])[:length] for mine, length in zip(items, lengths, strict=True)]
+    return [item for part, mine in zip(step.parts, items, strict=True) if part.rank not in step.copies for item in mine]
+
+
+def _described(items: list[Any] | None) -> str:
+    return "a single object" if items is None else f"{len(items)} objects"

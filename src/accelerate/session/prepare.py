@@ -8,6 +8,7 @@ from typing import Any
 from ..parallel.job import Job, sort
 from .guard import guard_first_step
 from .session import Session
+from .uneven import watch
 
 
 def prepare(session: Session, objects: Sequence[Any], placement: Sequence[bool | None] | None) -> Any:
@@ -49,6 +50,7 @@ def _sort(session: Session, objects: Sequence[Any], placement: Sequence[bool | N
         is_prepared=session.is_prepared,
         earlier_models=session.models,
         earlier_optimizers=session.optimizers,
+        earlier_loaders=session.dataloaders,
     )
 
 
@@ -57,6 +59,7 @@ def _run(session: Session, job: Job) -> Any:
     for step in session.strategy.steps():
         step(session.plan, job)
     session.remember(job)
+    watch(session)
     for slot in job.fresh(job.optimizers):
         guard_first_step(slot.result, session.plan)
     return job.in_order()

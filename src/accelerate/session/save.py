@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import commit, full, layout, manifest, train_state
+from ..checkpoint import commit, full, gradients, layout, manifest, train_state
 from ..core.errors import SettingError, WrongTypeError, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
@@ -33,6 +33,7 @@ def save_state(
     scaler: Any,
     custom_objects: Sequence[Any],
     step: int,
+    windows: Any = None,
     runtime: Runtime,
     get_model_state: Callable[[torch.nn.Module], dict[str, torch.Tensor]],
     pre_hooks: Sequence[SaveHook] = (),
@@ -54,6 +55,7 @@ def save_state(
         scaler: The gradient scaler, or None.
         custom_objects: Objects registered for checkpoints, in order.
         step: The accumulation step.
+        windows: The state of windows of accumulation, where `step` is not all.
         runtime: Ranks and devices.
         get_model_state: Returns the weights of a model; may be collective.
         pre_hooks: Called on every rank with the models, their weights and the folder being written. Weights that
@@ -91,6 +93,7 @@ def save_state(
                 full.save_optimizer(optimizer, staging, index)
             _save_shared(staging, schedulers, dataloaders, scaler, custom_objects)
         _save_own(staging, rank, dataloaders, runtime)
+        gradients.write_windows(staging, rank, windows)
     project.iteration += 1
     if automatic and leads:
         _rotate(target, project.total_limit)
@@ -138,7 +141,8 @@ def _save_shared(
         train_state.write_state(staging, layout.numbered(layout.SCHEDULER_NAME, index), scheduler.state_dict())
     for index, loader in enumerate(dataloaders):
         stem = layout.numbered(layout.SAMPLER_NAME, index)
-        train_state.write_state(staging, stem, train_state.loader_state(loader))
+        if hasattr(loader, "position_state"):  # clients may list loaders that were never prepared
+            train_state.write_state(staging, stem, loader.position_state())
     if scaler is not None:
         train_state.write_state(staging, layout.SCALER_STEM, scaler.state_dict())
     for index, custom in enumerate(custom_objects):
@@ -147,14 +151,10 @@ def _save_shared(
 
 def _save_own(staging: Path, rank: int, dataloaders: Sequence[Any], runtime: Runtime) -> None:
     for index, loader in enumerate(dataloaders):
-        if is_stateful(loader):
-            train_state.write_state(staging, layout.loader_stem(index, rank), loader.state_dict())
+        own = loader.own_state() if hasattr(loader, "own_state") else None
+        if own is not None:
+            train_state.write_state(staging, layout.loader_stem(index, rank), own)
     train_state.write_state(staging, layout.rng_stem(rank), train_state.random_state(runtime.hardware))
-
-
-def is_stateful(loader: Any) -> bool:
-    """Tell whether a prepared loader can say where inside an epoch it is."""
-    return bool(getattr(loader, "use_stateful_dataloader", False)) and hasattr(loader, "state_dict")
 
 
 def _rotate(target: Path, total_limit: int | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ..parallel.job import Job, is_marked
 from ..parallel.plan import ParallelPlan
 from ..parallel.unwrap import extract_model_from_parallel
 from ..settings.settings import Settings
+from ..stepping.accumulate import Windows
 from ..stepping.optimizer import AcceleratedOptimizer
 from ..stepping.scaling import LossScaling
 
@@ -38,8 +40,15 @@ class Session:
         self.custom_objects: list[Any] = []
         self.save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self.load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        self.uneven: tuple[Any, ...] = ()
+        """Those of the loaders whose ranks may end at different times."""
+        self.joining = 0
+        """How many regions of `join_uneven_inputs` run."""
         scaler = plan.precision.scaler
         self.scaling = None if scaler is None else LossScaling.of(scaler)
+        self.windows = Windows(
+            plan.runtime, self.models, self.optimizers, self.scaling, no_sync=self._no_sync, inner=_inner
+        )
 
     def change(self, settings: Settings) -> None:
         """Take other settings from now on; what was prepared stays as it is."""
@@ -86,6 +95,12 @@ class Session:
             self.dataloaders,
         ):
             kept.clear()
+        self.uneven = ()
+        self.windows.forget()
+
+    def _no_sync(self, models: tuple[Any, ...]) -> AbstractContextManager[Any]:
+        self.check_is_prepared(models, "accumulate")
+        return self.strategy.no_sync(models)
 
     def check_is_prepared(self, models: tuple[Any, ...], caller: str) -> None:
         """Refuse a model of which `prepare` made another one, which is the one to use.
@@ -103,6 +118,10 @@ class Session:
                         remedy="Assign the result: model = accelerator.prepare(model).",
                     )
                 )
+
+
+def _inner(model: Any) -> Any:
+    return extract_model_from_parallel(model, keep_torch_compile=False)
 
 
 def _keep(kept: list[Any], item: Any) -> None:

@@ -48,6 +48,16 @@ class SettingView:
         holder._session.change(dataclasses.replace(settings, **change))
 
 
+class StepView:
+    """The counter of accumulation: that of the window which had a batch last."""
+
+    def __get__(self, holder: HasSession | None, kind: type | None = None) -> Any:
+        return self if holder is None else holder._session.windows.step
+
+    def __set__(self, holder: HasSession, value: int) -> None:
+        holder._session.windows.step = value
+
+
 class ListView:
     """A live list of the session; assigning replaces what is in it."""
 

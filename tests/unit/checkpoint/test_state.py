@@ -121,44 +121,38 @@ def test_files_of_a_full_run(tmp_path: Path) -> None:
         assert not (path / name).read_bytes().startswith((b"\x80", b"PK")), f"{name} is a pickle"
 
 
-class Sampler:
-    def __init__(self) -> None:
-        self.epoch, self.initial_seed, self.generator = 0, 5, torch.Generator()
-
-
 class Loader:
     """What a checkpoint looks at in a prepared loader."""
 
     def __init__(self, stateful: bool = False):
-        self.iteration = 0
-        self.sampler = Sampler()
         self.use_stateful_dataloader = stateful
-        self.position = 0
+        self.place = {"epoch": 0, "generator": torch.Generator().get_state()}
+        self.reading = 0
 
-    def get_sampler(self) -> Sampler:
-        return self.sampler
+    def position_state(self) -> dict[str, Any]:
+        return self.place
 
-    def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+    def load_position_state(self, saved: dict[str, Any]) -> None:
+        self.place = saved
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+    def own_state(self) -> dict[str, int] | None:
+        return {"reading": self.reading} if self.use_stateful_dataloader else None
+
+    def load_own_state(self, saved: dict[str, int]) -> None:
+        self.reading = saved["reading"]
 
 
 def test_loaders_and_scaler_come_back(tmp_path: Path) -> None:
     loader, plain, scaler = Loader(stateful=True), Loader(), torch.amp.GradScaler("cpu", init_scale=8.0)
-    loader.iteration = plain.iteration = 2
-    loader.sampler.epoch, loader.position, plain.position = 2, 7, 7
-    loader.sampler.generator.manual_seed(3)
-    expected = loader.sampler.generator.get_state()
+    expected = torch.Generator().manual_seed(3).get_state()
+    loader.place, loader.reading, plain.reading = {"epoch": 2, "generator": expected}, 7, 7
     run = Run().having(dataloaders=[loader, plain], scaler=scaler, custom_objects=[Counter(("a", 1))])
     run.save(tmp_path / "c")
 
     loader, plain, scaler, counter = Loader(stateful=True), Loader(), torch.amp.GradScaler("cpu"), Counter()
     Run().having(dataloaders=[loader, plain], scaler=scaler, custom_objects=[counter]).load(tmp_path / "c")
-    assert (loader.iteration, loader.sampler.epoch, loader.position) == (2, 2, 7)
-    assert (plain.iteration, plain.position) == (2, 0)
-    assert torch.equal(loader.sampler.generator.get_state(), expected)
+    assert (loader.place["epoch"], loader.reading, plain.reading) == (2, 7, 0)
+    assert torch.equal(loader.place["generator"], expected)
     assert scaler.get_scale() == 8.0
     assert counter.value == ("a", 1)
 
@@ -510,13 +504,15 @@ def test_what_of_the_random_states_is_not_restored_is_named(tmp_path: Path) -> N
         train_state.load_random_state(tmp_path, 0, 1, cpu, strict=False)
 
 
-def test_a_rank_that_was_not_there_keeps_its_state_and_says_so(tmp_path: Path) -> None:
+def test_a_rank_that_was_not_there_gets_numbers_that_follow_from_the_checkpoint(tmp_path: Path) -> None:
     Run().save(tmp_path / "c")
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    with pytest.warns(UserWarning, match="Rank 3 keeps its own random state.*1 ranks"):
-        train_state.load_random_state(tmp_path / "c", 3, 1, Run().runtime.hardware, strict=True)
-    assert torch.equal(torch.get_rng_state(), before)
+    drawn = []
+    for seed, rank in ((5, 3), (6, 3), (7, 4)):
+        torch.manual_seed(seed)
+        train_state.load_random_state(tmp_path / "c", rank, 1, Run().runtime.hardware, strict=True)
+        drawn.append((torch.rand(()).item(), random.random(), np.random.rand()))
+    assert drawn[0] == drawn[1]
+    assert not set(drawn[0]) & set(drawn[2])
     with pytest.raises(CheckpointError, match="Rank 3"):
         train_state.load_random_state(tmp_path / "c", 3, 8, Run().runtime.hardware, strict=True)
 
@@ -608,12 +604,12 @@ def test_the_canary_sings_when_trusted(tmp_path: Path) -> None:
 def test_a_peer_folder_says_nothing_of_loaders(tmp_path: Path) -> None:
     training = Training("sgd", "step", 1)
     peer_folder(tmp_path / "c", training)
-    torch.save({"position": 3}, tmp_path / "c" / "dl_state_dict.bin")
+    torch.save({"reading": 3}, tmp_path / "c" / "dl_state_dict.bin")
     loader = Loader(stateful=True)
     run = training.run().having(dataloaders=[loader], custom_objects=[Counter()])
     with pytest.warns(UserWarning, match="loader 0"):
         run.load(tmp_path / "c")
-    assert loader.position == 3
+    assert loader.reading == 3
 
 
 def test_rotation_that_fails_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

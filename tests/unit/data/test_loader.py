@@ -263,7 +263,8 @@ def test_stateful_loader_counts_only_what_the_loop_was_given(make, workers):
         again = stateful()
         again.load_state_dict(saved)
         assert again.state_dict() == saved
-        assert numbers(again) == whole[given:]
+        # After the last batch the next epoch comes.
+        assert numbers(again) == (whole[given:] or whole)
         assert numbers(again) == whole
     for saved in (before, after):
         again = stateful()

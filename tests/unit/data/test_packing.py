@@ -1,4 +1,4 @@
-"""Batches as bytes and back, and the rows that short reads are topped up with."""
+"""Batches as bytes and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections import OrderedDict, defaultdict
 
 import torch
 
-from accelerate.data.cutting import Cutter
 from accelerate.data.packing import Layout, pack, unpack
 
 
@@ -36,14 +35,9 @@ def test_several_tensors_share_neither_memory_nor_version():
     assert got[1].untyped_storage().nbytes() == 4
 
 
-def test_topping_up_takes_rows_of_as_many_batches_as_it_needs():
-    cutter = Cutter(count=4, split=False, drop_last=False, slice_fn=None)
-    cutter.remember_opening([torch.empty(0, dtype=torch.int64)])  # has nothing to keep
-    cutter.remember_opening([torch.tensor([0]), torch.tensor([1]), torch.tensor([2]), torch.tensor([3])])
-    cutter.remember_opening([torch.tensor([9])])
-    pieces, rows = cutter.cut([torch.tensor([4])])
-    assert ([piece.tolist() for piece in pieces], rows) == ([[4], [0], [1], [2]], 1)
-    cutter = Cutter(count=4, split=False, drop_last=False, slice_fn=None)
-    cutter.remember_opening([torch.tensor([0])])
-    pieces, rows = cutter.cut([torch.tensor([0])])
-    assert [piece.tolist() for piece in pieces] == [[0], [0], [0], [0]]
+def test_a_column_of_a_tensor_can_be_sent():
+    whole = torch.arange(6).view(3, 2)
+    got = sent({"column": whole[:, 1:], "every other": torch.arange(6.0)[::2], "one": whole[1:2, :1].T})
+    assert got["column"].tolist() == [[1], [3], [5]]
+    assert got["every other"].tolist() == [0.0, 2.0, 4.0]
+    assert got["one"].tolist() == [[2]]

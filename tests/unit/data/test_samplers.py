@@ -10,9 +10,9 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Sub
 
 from accelerate.core.errors import SettingError
 from accelerate.data import samplers
+from accelerate.data.iterables import IterableDatasetShard
 from accelerate.data.samplers import (
     BatchSamplerShard,
-    IterableDatasetShard,
     SeedableRandomSampler,
     SkipBatchSampler,
 )

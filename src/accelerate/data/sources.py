@@ -1,0 +1,257 @@
+"""Whether a dataset can be shared out where it is read, or shares itself out.
+
+Owns what is known of data that comes in shards: Hugging Face `datasets`, webdataset, MosaicML streaming, litdata, Ray,
+torch's data pipes, and anything that follows the same protocol. None of these packages is imported: a dataset tells
+by its attributes and the names of its classes. Never iterates anything and never talks to other ranks.
+
+[Note: three kinds of sources]
+Reading everything on every rank and taking each rank's rows is right for any dataset that gives all ranks the same
+samples, and costs as many times the reading as there are ranks. A dataset in shards can do better: each rank opens its
+own ones. And a dataset that was given its rank already must not be shared out a second time, which would leave most of
+its samples out, silently. Of sources of the last two kinds no rank knows how much the others have: their loaders end
+by agreement, see `data.agreement`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from itertools import islice
+from types import FunctionType
+from typing import Any
+
+from torch.utils.data import IterableDataset, IterDataPipe
+
+from ..core.errors import SettingError, explain
+
+
+class SourceKind(Enum):
+    """How the samples of a dataset come to their ranks. See [Note: three kinds of sources]."""
+
+    PLAIN = "plain"
+    """Every rank can read all samples, and takes its rows of them."""
+
+    SPLIT = "split"
+    """The dataset of the `Source` reads this rank's shards only."""
+
+    ALREADY = "already"
+    """The dataset knows its rank by itself, and gives this rank's samples only."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a loader is to read from on one rank."""
+
+    kind: SourceKind
+    dataset: Any
+    """What to read, in the place of the dataset that was given; of kind `PLAIN`, the whole of it."""
+
+    reason: str = ""
+    """Why this kind was chosen, for the log."""
+
+    @property
+    def ragged(self) -> bool:
+        """Whether ranks may run out at different times, so that they have to agree on the end."""
+        return self.kind is not SourceKind.PLAIN
+
+
+def plan_source(dataset: Any, index: int, count: int) -> Source:
+    """Decide how one data shard reads a dataset. The dataset is left as it is.
+
+    A dataset may say itself whether it gives each rank its own samples, with an attribute `shards_itself`: `True`
+    or `False`. That beats everything found out here.
+
+    Args:
+        dataset: Any dataset.
+        index: Which data shard, from 0 on.
+        count: How many data shards there are. For 1 the source is the whole dataset, if it shares nothing out itself.
+
+    Raises:
+        SettingError: (a `ValueError`) if the dataset was split for another rank or number of ranks, or is of fewer
+            shards than there are ranks and can be read in no other way.
+    """
+    own = getattr(dataset, "shards_itself", None)
+    if own is not None:
+        if own:
+            return Source(SourceKind.ALREADY, dataset, "its attribute shards_itself is True")
+        return Source(SourceKind.PLAIN, dataset, "its attribute shards_itself is False")
+    if not isinstance(dataset, IterableDataset):
+        return Source(SourceKind.PLAIN, dataset, "it is map-style: a sampler shares it out")
+    if (share := _declared_share(dataset)) is not None:
+        _check_share(dataset, share, (index, count))
+        return Source(SourceKind.ALREADY, dataset, f"it was split for rank {share[0]} of {share[1]}")
+    if (why := _shares_itself(dataset)) is not None:
+        return Source(SourceKind.ALREADY, dataset, why)
+    if _is_a(dataset, "webdataset", "DataPipeline"):
+        return _plan_webdataset(dataset, index, count)
+    return _plan_sharded(dataset, index, count)
+
+
+# Data that knows its rank ----------------------------------------------------------------------------------------------
+
+
+_KNOW_THEIR_RANK = (("streaming", "StreamingDataset"), ("litdata", "StreamingDataset"), ("ray", "IterableDataset"))
+"""Package and class (by the end of its name) of datasets that find out their rank by themselves."""
+
+
+def _shares_itself(dataset: Any) -> str | None:
+    for package, name in _KNOW_THEIR_RANK:
+        if _is_a(dataset, package, name):
+            return f"datasets of {package} know their rank"
+    # Torch's loader tells the filter its rank, in the workers too, as long as it sees the pipe itself.
+    if isinstance(dataset, IterDataPipe) and any(_is_filter(pipe) for pipe in _pipes(dataset)):
+        return "it has a sharding_filter, which torch's loader tells its rank"
+    return None
+
+
+def _is_filter(pipe: Any) -> bool:
+    return callable(getattr(pipe, "apply_sharding", None))
+
+
+def _pipes(pipe: Any) -> Iterator[Any]:
+    """Yield a data pipe and those it reads from."""
+    from torch.utils.data.graph import traverse_dps
+
+    graphs = [traverse_dps(pipe)]
+    while graphs:
+        for below, graph in graphs.pop().values():
+            yield below
+            graphs.append(graph)
+
+
+def _declared_share(dataset: Any) -> tuple[int, int] | None:
+    """Return (rank, number of ranks) that a dataset was given by hand."""
+    split = getattr(dataset, "_distributed", None)  # of datasets, after split_dataset_by_node
+    if split is not None and hasattr(split, "world_size"):
+        return split.rank, split.world_size
+    # A shard of ours, or of others in the same words.
+    rank, ranks = (getattr(dataset, name, None) for name in ("process_index", "num_processes"))
+    if isinstance(rank, int) and isinstance(ranks, int) and ranks > 1:
+        return rank, ranks
+    return None
+
+
+def _check_share(dataset: Any, share: tuple[int, int], expected: tuple[int, int]) -> None:
+    if share == expected:
+        return
+    raise SettingError(
+        explain(
+            f"{type(dataset).__name__} was split for rank {share[0]} of {share[1]} (by split_dataset_by_node or alike), and "
+            f"this process reads data shard {expected[0]} of {expected[1]}: samples would be lost or come twice.",
+            accepted=f"a dataset split for rank {expected[0]} of {expected[1]}, or one that is not split",
+            remedy="Leave the splitting to prepare(), or use accelerator.process_index and accelerator.num_processes; "
+            "set dataset.shards_itself = True if this share is meant.",
+        )
+    )
+
+
+# Data in shards --------------------------------------------------------------------------------------------------------
+
+
+def _plan_sharded(dataset: Any, index: int, count: int) -> Source:
+    """Plan what offers `shard(num_shards, index)` and `num_shards` or `n_shards`."""
+    shards = next((found for name in ("num_shards", "n_shards") if (found := getattr(dataset, name, None))), None)
+    if not isinstance(shards, int) or not callable(getattr(dataset, "shard", None)):
+        return Source(SourceKind.PLAIN, dataset, "it is not known to come in shards")
+    if count == 1:
+        return Source(SourceKind.PLAIN, dataset, "there is one data shard")
+    if shards % count:
+        return Source(SourceKind.PLAIN, dataset, f"its {shards} shards do not divide by {count}")
+    if getattr(dataset, "_starting_state_dict", None) is not None:
+        return Source(SourceKind.PLAIN, dataset, "it was given a place to start from, which shards would not know")
+    if (stage := _counts_over_shards(dataset)) is not None:
+        return Source(SourceKind.PLAIN, dataset, f"{stage} gives other samples when its shards are read apart")
+    split = dataset.shard(num_shards=count, index=index)
+    return Source(SourceKind.SPLIT, split, f"{shards} shards, {shards // count} for each of {count}")
+
+
+_COUNTING = ("TakeExamplesIterable", "SkipExamplesIterable", "CyclingMultiSourcesExamplesIterable")
+
+
+def _counts_over_shards(dataset: Any) -> str | None:
+    """Return the stage of a Hugging Face dataset whose result depends on what comes out of all shards before it.
+
+    `take(5)` in two shards takes the first samples of each. What ends when one of several sources is exhausted ends
+    elsewhere.
+    """
+    stages = [getattr(dataset, "_ex_iterable", None)]
+    while stages:
+        stage = stages.pop()
+        if stage is None:
+            continue
+        # Only the one strategy that reads all there is, once.
+        harmless = getattr(stage, "stopping_strategy", None) == "all_exhausted_without_replacement"
+        name = next((kind.__name__ for kind in type(stage).__mro__ if kind.__name__ in _COUNTING), None)
+        if name is not None and not harmless:
+            return name.removesuffix("ExamplesIterable")
+        stages += [getattr(stage, "ex_iterable", None), *getattr(stage, "ex_iterables", ())]
+    return None
+
+
+# Webdataset ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EveryNth:
+    """A stage of a webdataset pipeline: this rank's shards out of those before it."""
+
+    index: int
+    count: int
+
+    def __call__(self, shards: Iterable[Any]) -> Iterator[Any]:
+        """Return every `count`-th shard from `index` on."""
+        return islice(shards, self.index, None, self.count)
+
+
+_NODE_STAGES = ("single_node_only", "split_by_node")
+
+
+def _plan_webdataset(dataset: Any, index: int, count: int) -> Source:
+    """Share a pipeline out where it lists its shards, before anything that shuffles differently on each rank."""
+    stages: list[Any] = list(dataset.pipeline)
+    own = [place for place, stage in enumerate(stages) if getattr(stage, "__name__", "") in _NODE_STAGES]
+    foreign = [
+        stage.__name__
+        for stage in stages
+        if isinstance(stage, FunctionType) and not str(stage.__module__).startswith("webdataset")
+    ]
+    if not own and (splits := [name for name in foreign if "node" in name or "rank" in name]):
+        return Source(SourceKind.ALREADY, dataset, f"its pipeline splits by node itself, in {splits[0]}")
+    without = [stage for place, stage in enumerate(stages) if place not in own]
+    if type(stages[0]).__name__ == "ResampledShards":
+        return Source(SourceKind.ALREADY, _with_stages(dataset, without), "each rank draws its own shards")
+    urls = getattr(stages[0], "urls", None)
+    if count == 1 or (not own and (urls is None or foreign)):
+        reason = "there is one data shard" if count == 1 else "where its pipeline lists shards cannot be told"
+        return Source(SourceKind.PLAIN, _with_stages(dataset, without), reason)
+    if urls is not None and len(urls) < count:
+        raise SettingError(
+            explain(
+                f"{type(dataset).__name__} has {len(urls)} shards for {count} data-parallel ranks: some would read nothing.",
+                accepted=f"at least {count} shards",
+                remedy="Write more and smaller shards, start fewer processes, or pass dispatch_batches=True.",
+            )
+        )
+    without.insert(own[0] if own else 1, EveryNth(index, count))
+    return Source(SourceKind.SPLIT, _with_stages(dataset, without), f"every {count}th of its shards")
+
+
+def _with_stages(dataset: Any, stages: list[Any]) -> Any:
+    if len(stages) == len(dataset.pipeline) and all(map(_same, stages, dataset.pipeline)):
+        return dataset
+    changed = copy.copy(dataset)
+    changed.pipeline = stages
+    return changed
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _is_a(dataset: Any, package: str, name: str) -> bool:
+    """Tell whether a class of `package` whose name ends in `name` is among those a dataset derives from."""
+    return any(
+        kind.__module__.partition(".")[0] == package and kind.__name__.endswith(name) for kind in type(dataset).__mro__
+    )

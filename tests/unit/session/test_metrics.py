@@ -1,0 +1,222 @@
+"""Which loader results belong to, and what of them is kept: the decisions, without other processes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from accelerate import Accelerator
+from accelerate.core.errors import SettingError
+from accelerate.data.shards import Padding
+from accelerate.session.metrics import Part, Step, choose_loader, kept_lengths, step_of
+
+FULL, SHORT = None, Padding((2, 2), (2, 1))
+
+
+class Loader(SimpleNamespace):
+    """What a prepared loader shows while it is iterated."""
+
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+    def __init__(self, padding: Padding | None = FULL, batch: Any = None, **more: Any) -> None:
+        super().__init__(padding=padding, last_batch=batch, steps_given=1, steps_before={}, **more)
+
+    def begin_inside(self, *others: Loader) -> Loader:
+        self.steps_before = {id(other): other.steps_given for other in others}
+        return self
+
+
+RESULT = torch.zeros(2)
+
+
+# Which loader ----------------------------------------------------------------------------------------------------
+
+
+def test_without_a_loop_there_is_no_loader():
+    assert choose_loader([], RESULT) is None
+
+
+def test_one_loader_is_the_one():
+    loader = Loader(SHORT)
+    assert choose_loader([loader], RESULT) is loader
+    assert choose_loader([loader, loader], RESULT) is loader  # inside a loop over itself
+
+
+def test_a_loop_inside_a_loop_is_meant():
+    training = Loader()
+    evaluation = Loader(SHORT).begin_inside(training)
+    assert choose_loader([training, evaluation], RESULT) is evaluation
+    training, evaluation = Loader(SHORT), Loader()
+    evaluation.begin_inside(training)
+    assert choose_loader([training, evaluation], RESULT) is evaluation
+
+
+def side_by_side(one: Padding | None, other: Padding | None, **batches: Any) -> list[Loader]:
+    outer = Loader(one, batches.get("first"))
+    inner = Loader(other, batches.get("second")).begin_inside(outer)
+    outer.steps_given += 1  # the next step of zip(outer, inner)
+    inner.steps_given += 1
+    return [outer, inner]
+
+
+def test_loops_side_by_side_have_to_be_told_apart():
+    with pytest.raises(SettingError, match="2 loaders that are iterated side by side") as caught:
+        choose_loader(side_by_side(SHORT, FULL), RESULT)
+    assert "different padding: none, (2, 1) of (2, 2) rows are real" in str(caught.value)
+    assert "Pass dataloader=" in str(caught.value)
+
+
+@pytest.mark.parametrize("padding", [FULL, SHORT])
+def test_loops_side_by_side_are_alike_in_most_steps(padding):
+    loaders = side_by_side(padding, padding)
+    assert choose_loader(loaders, RESULT) in loaders
+
+
+def test_loaders_over_different_meshes_are_not_alike():
+    loaders = side_by_side(FULL, FULL)
+    loaders[0].torch_device_mesh = "dp x tp"
+    with pytest.raises(SettingError, match="side by side"):
+        choose_loader(loaders, RESULT)
+
+
+@pytest.mark.parametrize("wrap", [lambda own: own, lambda own: {"x": [own], "new": RESULT}, lambda own: (RESULT, own)])
+def test_a_part_of_a_batch_tells_which_loader_it_is_from(wrap):
+    one, two = torch.ones(4, 2), torch.ones(4, 2)
+    loaders = side_by_side(SHORT, FULL, first={"x": one}, second=(two, ["a", "b"]))
+    assert choose_loader(loaders, wrap(one)) is loaders[0]
+    assert choose_loader(loaders, wrap(one[:, 0])) is loaders[0]
+    assert choose_loader(loaders, wrap(two)) is loaders[1]
+
+
+def test_lists_of_a_batch_tell_too():
+    names = ["a", "b"]
+    loaders = side_by_side(SHORT, FULL, first={"name": names}, second=["a", "b"])
+    assert choose_loader(loaders, names) is loaders[0]
+    with pytest.raises(SettingError, match="side by side"):
+        choose_loader(loaders, ["a", "b"])
+
+
+def test_parts_of_two_batches_belong_to_no_loader():
+    one, two = torch.ones(2), torch.ones(2)
+    with pytest.raises(SettingError, match="one call for each loader"):
+        choose_loader(side_by_side(SHORT, FULL, first=one, second=two), (one, two))
+
+
+def test_what_both_batches_hold_tells_nothing():
+    shared = torch.ones(2)
+    outer, inner = Loader(SHORT, shared), Loader(FULL, shared)
+    inner.begin_inside(outer)
+    assert choose_loader([outer, inner], shared) is inner
+    with pytest.raises(SettingError, match="side by side"):
+        choose_loader(side_by_side(SHORT, FULL, first=shared, second=shared), shared)
+
+
+def test_a_loop_that_was_left_by_break_is_not_meant():
+    training = Loader(SHORT)
+    broken_off = Loader(FULL, _left_early=1).begin_inside(training)
+    training.steps_given += 3
+    assert choose_loader([training, broken_off], RESULT) is training
+    assert choose_loader([broken_off], RESULT) is broken_off
+    assert choose_loader([Loader(_left_early=1), broken_off], RESULT) is broken_off
+
+
+def test_loaders_of_other_kinds_may_be_active():
+    strange = SimpleNamespaceLoader(end_of_dataloader=False, remainder=-1)
+    ours = Loader(SHORT).begin_inside()
+    assert choose_loader([strange, ours], RESULT) is ours
+    assert choose_loader([ours, strange], RESULT) is strange
+    assert step_of(strange, 0, 2) == step_of(None, 0, 2)
+
+
+class SimpleNamespaceLoader(SimpleNamespace):
+    __hash__ = object.__hash__
+    __eq__ = object.__eq__
+
+
+# What each rank brings -------------------------------------------------------------------------------------------
+
+
+def test_outside_of_a_loop_and_in_full_steps_everything_is_kept():
+    for loader in (None, Loader(FULL)):
+        step = step_of(loader, 0, 3)
+        assert (step.ranks, step.cuts, step.uneven, step.copies) == ((0, 1, 2), False, False, frozenset())
+        assert kept_lengths(step, [5, 4, 0]) == [5, 4, 0]
+
+
+def test_ranks_without_a_batch_are_not_waited_for():
+    step = step_of(Loader(Padding((4, 3, 0), (4, 3, 0))), 1, 3)
+    assert (step.ranks, step.cuts, step.uneven) == ((0, 1), False, True)
+    assert kept_lengths(step, [7, 2]) == [7, 2]
+    with pytest.raises(SettingError, match="rank 2 has no batch"):
+        step_of(Loader(Padding((4, 3, 0), (4, 3, 0))), 2, 3)
+
+
+def cut_step(*rows_and_real: tuple[int, int]) -> Step:
+    parts = tuple(Part(rank, rows, real) for rank, (rows, real) in enumerate(rows_and_real))
+    return Step(parts, cuts=True, uneven=True, copies=frozenset())
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kept"),
+    [
+        ((4, 4), [4, 1]),
+        ((12, 12), [12, 3]),
+        ((0, 0), [0, 0]),
+        ((4, 8), None),  # another number of entries for each row
+        ((4, 5), None),
+        ((5, 5), None),
+        ((2, 2), None),
+        ((0, 4), None),
+    ],
+)
+def test_entries_are_kept_by_rows(lengths, kept):
+    assert kept_lengths(cut_step((4, 4), (4, 1)), lengths) == kept
+
+
+def test_entries_are_kept_by_each_ranks_own_rows():
+    assert kept_lengths(cut_step((3, 3), (2, 0)), [6, 4]) == [6, 0]
+    assert kept_lengths(cut_step((3, 3), (2, 0)), [6, 6]) is None
+
+
+class Mesh:
+    """Two data shards, each on two ranks."""
+
+    mesh_dim_names = ("dp", "tp")
+    mesh = torch.arange(4).view(2, 2)
+
+
+def test_of_ranks_that_share_a_batch_one_counts():
+    step = step_of(Loader(Padding((2, 2), (2, 1)), torch_device_mesh=Mesh()), 3, 4)
+    assert [(part.rows, part.real) for part in step.parts] == [(2, 2), (2, 2), (2, 1), (2, 1)]
+    assert step.copies == {1, 3}
+    assert step_of(Loader(FULL, torch_device_mesh=Mesh()), 0, 4).copies == {1, 3}
+
+
+@pytest.mark.parametrize(
+    ("padding", "words"),
+    [
+        (Padding((2, 2), (-1, -1)), "slice_fn_for_dispatch gave pieces that are not rows"),
+        (Padding((2, 2, 2), (2, 2, 1)), "prepared for 3 processes or groups of them, and there are 2"),
+    ],
+)
+def test_a_loader_that_cannot_tell_is_refused(padding, words):
+    with pytest.raises(SettingError, match=words) as caught:
+        step_of(Loader(padding), 0, 2)
+    assert "Use accelerator.gather and cut yourself" in str(caught.value)
+
+
+# Alone -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_named_loader_must_be_iterated():
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(torch.arange(3), batch_size=2))
+    for batch in loader:
+        assert accelerator.gather_for_metrics(batch, dataloader=loader) is batch
+    for wrong in (loader, torch.utils.data.DataLoader(torch.arange(3))):
+        with pytest.raises(SettingError, match="dataloader=DataLoader.*, which is not being iterated"):
+            accelerator.gather_for_metrics(RESULT, dataloader=wrong)
