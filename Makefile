@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check full clean-exit bench
+.PHONY: setup demo test check full clean-exit exact metrics-grid bench
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
 
@@ -30,6 +30,12 @@ full: setup  ## the exhaustive forms too
 
 clean-exit: setup  ## 400 runs of 2 and 4 processes, each of which must end with status 0
 	$(BIN)/python -m pytest -m full tests/fault/test_clean_exit.py -s --timeout 0
+
+exact: setup  ## every resume of the exactness suite: samplers, datasets, workers, ranks, stopped at every step
+	$(BIN)/python -m pytest -m "full or not full" tests/exact -s --timeout 0
+
+metrics-grid: setup  ## 70,000 loops whose gathered results must be the dataset
+	$(BIN)/python -m pytest -m full tests/ranks/test_metrics_grid.py -s --timeout 0
 
 bench: setup .peer  ## time this library against hand-written PyTorch and Accelerate 1.15
 	$(BIN)/python benchmarks/run.py

@@ -10,13 +10,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 def loaders(batch_size: int) -> tuple[DataLoader, DataLoader]:
-    """Return loaders over 1,437 training and 360 test samples; images are (1, 8, 8) in [0, 1]."""
+    """Return loaders over 1,437 training and 360 test samples; images are (1, 8, 8) in [0, 1].
+
+    The training loader gives the number of each sample too, and leaves an incomplete last batch out.
+    """
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(digits.target)
     parts = train_test_split(images, labels, test_size=0.2, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = parts
-    train = DataLoader(TensorDataset(train_images, train_labels), batch_size=batch_size, shuffle=True)
+    train_set = TensorDataset(train_images, train_labels, torch.arange(len(train_labels)))
+    train = DataLoader(train_set, batch_size=batch_size, shuffle=True, drop_last=True)
     test = DataLoader(TensorDataset(test_images, test_labels), batch_size=batch_size)
     return train, test
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from pathlib import Path
 
 import torch
+from proof import Consumed
 from torch import nn
 
 from accelerate import Accelerator
-from accelerate.utils import tqdm
+from accelerate.utils import DataLoaderConfiguration, tqdm
 from data import loaders, network
 
 
-def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -> tuple[float, int]:
-    accelerator = Accelerator()
+def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -> None:
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(global_batch_size=batch_size))
+    signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
     torch.manual_seed(0)
     train_loader, test_loader = loaders(batch_size)
     model = network()
@@ -22,29 +25,34 @@ def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=epochs * len(train_loader))
     prepared = accelerator.prepare(model, optimizer, scheduler, train_loader, test_loader)
     model, optimizer, scheduler, train_loader, test_loader = prepared
-    start = 0
+    consumed = Consumed()
+    accelerator.register_for_checkpointing(consumed)
 
     if resume:
         accelerator.load_state(folder / "checkpoint")
-        start = train_loader.iteration
 
-    for epoch in range(start, min(epochs, stop)):
+    for epoch in range(train_loader.position.epoch, min(epochs, stop)):
         model.train()
-        for images, labels in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
+        for images, labels, ids in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images), labels)
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
+            consumed.add(accelerator.gather_for_metrics(ids))
+            if accelerator.check_trigger():  # some process was asked to end
+                accelerator.save_state(folder / "checkpoint")
+                accelerator.print(f"stopped at {train_loader.position}, {consumed}")
+                return
         accuracy, count = evaluate(model, test_loader, accelerator)
         accelerator.print(f"epoch {epoch}: accuracy {accuracy:.2%} on {count} samples")
         accelerator.save_state(folder / "checkpoint")
 
     accuracy, count = evaluate(model, test_loader, accelerator)
     accelerator.save_model(model, folder)
+    accelerator.print(consumed)
     accelerator.print(f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.safetensors'}")
-    return accuracy, count
 
 
 def evaluate(model: nn.Module, loader, accelerator: Accelerator) -> tuple[float, int]:

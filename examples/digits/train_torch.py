@@ -6,19 +6,20 @@ import argparse
 from pathlib import Path
 
 import torch
+from proof import Consumed
 from torch import nn
 from tqdm.auto import tqdm
 
 from data import loaders, network
 
 
-def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -> tuple[float, int]:
+def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -> None:
     torch.manual_seed(0)
     train_loader, test_loader = loaders(batch_size)
     model = network()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=epochs * len(train_loader))
-    start = 0
+    consumed, start = Consumed(), 0
 
     if resume:
         state = torch.load(folder / "checkpoint.pt")
@@ -26,26 +27,29 @@ def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+        consumed.load_state_dict(state["consumed"])
 
     for epoch in range(start, min(epochs, stop)):
         model.train()
-        for images, labels in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
+        for images, labels, ids in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
             optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images), labels)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
+            consumed.add(ids)
         accuracy, count = evaluate(model, test_loader)
         print(f"epoch {epoch}: accuracy {accuracy:.2%} on {count} samples")
         folder.mkdir(parents=True, exist_ok=True)
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+        stateful = {"model": model, "optimizer": optimizer, "scheduler": scheduler, "consumed": consumed}
+        state = {name: item.state_dict() for name, item in stateful.items()}
         torch.save({"epoch": epoch + 1, **state}, folder / "checkpoint.pt")
 
     accuracy, count = evaluate(model, test_loader)
     torch.save(model.state_dict(), folder / "model.pt")
+    print(consumed)
     print(f"accuracy {accuracy:.2%} on {count} test samples; model saved in {folder / 'model.pt'}")
-    return accuracy, count
 
 
 def evaluate(model: nn.Module, loader) -> tuple[float, int]:

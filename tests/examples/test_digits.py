@@ -5,31 +5,52 @@ from __future__ import annotations
 import difflib
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 LAST_LINE = re.compile(r"accuracy ([\d.]+)% on (\d+) test samples; model saved in (.+)")
+STOPPED = re.compile(
+    r"stopped at Position\(epoch=(\d+), step=(\d+), samples=(\d+)\), consumed (\d+) samples, sha256 \w+"
+)
 
 
-def run(processes: int, folder: Path, *options: str) -> tuple[float, int, Path]:
+class Ended(NamedTuple):
+    accuracy: float
+    samples: int
+    model: Path
+    consumed: str
+
+
+def command(processes: int, folder: Path, *options: str) -> list[str]:
     launcher = [] if processes == 1 else ["-m", "accelerate", "launch", "--cpu", "--num_processes", str(processes)]
-    command = [sys.executable, *launcher, str(FOLDER / "train.py"), "--folder", str(folder), *options]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return [sys.executable, *launcher, str(FOLDER / "train.py"), "--folder", str(folder), *options]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def run(processes: int, folder: Path, *options: str) -> Ended:
+    done = subprocess.run(command(processes, folder, *options), capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
-    last = LAST_LINE.fullmatch(done.stdout.strip().splitlines()[-1])
+    *_, consumed, last_line = done.stdout.strip().splitlines()
+    last = LAST_LINE.fullmatch(last_line)
     assert last, done.stdout
-    assert done.stdout.count("test samples") == 1, "only the main process prints"
-    return float(last[1]), int(last[2]), Path(last[3])
+    assert done.stdout.count("test samples") == done.stdout.count("sha256") == 1, "only the main process prints"
+    return Ended(float(last[1]), int(last[2]), Path(last[3]), consumed)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_it_learns_and_counts_every_sample_once(processes, tmp_path):
-    accuracy, count, model = run(processes, tmp_path)
+    accuracy, count, model, _ = run(processes, tmp_path)
     assert accuracy >= 97
     assert count == 360
     assert load_file(model)["0.weight"].shape == (32, 1, 3, 3)
@@ -43,8 +64,46 @@ def test_stopping_and_resuming_gives_the_weights_of_one_run(tmp_path):
     assert all((whole[name] == parts[name]).all() for name in whole)
 
 
+def run_until_terminated(processes: int, folder: Path, *options: str) -> tuple[int, int, int]:
+    """Send SIGTERM in the third epoch; return the position the run says it stopped at."""
+    with (
+        (folder.parent / f"{folder.name}.stderr").open("w+") as errors,
+        subprocess.Popen(
+            command(processes, folder, *options), stdout=subprocess.PIPE, stderr=errors, text=True, env=environment()
+        ) as launched,
+    ):
+        assert launched.stdout is not None
+        for line in launched.stdout:
+            if line.startswith("epoch 1:"):
+                break
+        time.sleep(0.15)  # it saves, and begins the third
+        launched.send_signal(signal.SIGTERM)
+        rest = launched.stdout.read()
+        status = launched.wait()
+        errors.seek(0)
+        assert status == (0 if processes == 1 else 128 + signal.SIGTERM), rest + errors.read()
+    stopped = STOPPED.search(rest)
+    assert stopped, rest
+    assert "test samples" not in rest
+    epoch, step, samples, consumed = map(int, stopped.groups())
+    assert consumed == epoch * 1408 + samples == epoch * 1408 + step * 32
+    return epoch, step, samples
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_terminated_in_mid_epoch_it_goes_on_with_another_number_of_processes(first, then, tmp_path):
+    whole = run(first, tmp_path / "whole", "--epochs", "5")
+    assert whole.consumed.startswith(f"consumed {5 * 1408} samples")
+    _, step, _ = run_until_terminated(first, tmp_path / "parts", "--epochs", "5")
+    assert 0 < step < 44
+    parts = run(then, tmp_path / "parts", "--epochs", "5", "--resume")
+    assert parts.consumed == whole.consumed
+    assert parts.accuracy == whole.accuracy
+    assert parts.samples == whole.samples == 360
+
+
 def test_the_plain_loop_and_ours_differ_in_few_lines():
     plain, ours = ((FOLDER / name).read_text().splitlines() for name in ("train_torch.py", "train.py"))
     changed = [line for line in difflib.ndiff(plain, ours) if line[0] in "+-"]
-    assert len([line for line in changed if line[0] == "+"]) <= 20
-    assert len([line for line in changed if line[0] == "-"]) <= 20
+    assert len([line for line in changed if line[0] == "+"]) <= 30
+    assert len([line for line in changed if line[0] == "-"]) <= 24

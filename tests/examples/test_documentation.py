@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -35,6 +37,14 @@ def test_the_first_run_works_on_two_processes(tmp_path):
     ours = blocks("docs/tutorials/first-run.md")[1]
     printed = run(ours, tmp_path, "-m", "accelerate", "launch", "--cpu", "--num_processes", "2")
     assert printed.count("epoch 4: loss") == 1
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_examples_of_accumulation_run_on_one_process_and_on_two(number, tmp_path):
+    examples = blocks("docs/explain/accumulation.md")
+    assert len(examples) == 4
+    run(examples[number], tmp_path)
+    run(examples[number], tmp_path, "-m", "accelerate", "launch", "--cpu", "--num_processes", "2")
 
 
 def test_every_link_in_the_documentation_leads_somewhere():

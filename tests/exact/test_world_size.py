@@ -1,0 +1,62 @@
+"""A run that goes on with another number of ranks reads the same samples in the same global order.
+
+The global order is that of steps, and within a step rank 0's rows, then rank 1's, and so on, without padding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import zip_longest
+from pathlib import Path
+
+import pytest
+
+from tests.exact import training
+from tests.exact.cells import Move, moves, sample_of_moves
+from tests.exact.training import EPOCHS, Trace
+from tests.support.ranks import run_on_ranks
+
+Order = list[tuple[int, int]]
+
+
+def global_order(traces: list[Trace]) -> Order:
+    """Return (epoch, index) of all real samples of all ranks."""
+    return [
+        (step.epoch, index)
+        for steps in zip_longest(*(trace.steps for trace in traces))
+        for step in steps
+        if step is not None
+        for index in step.indices[: step.real]
+    ]
+
+
+def check(move: Move, folder: Path, tally: Counter[str], *, every: int) -> None:
+    cell = move.cell
+    whole = run_on_ranks(training.uninterrupted, cell.ranks, cell, folder, False)
+    order, in_epoch = global_order(whole), training.steps_of_first_epoch(whole[0])
+    if cell.drawn_once:
+        assert sorted(order) == [(epoch, index) for epoch in range(EPOCHS) for index in range(cell.size)]
+    for name in [name for name in training.names(folder) if "-" not in name][1::every]:
+        done = training.steps_in(name)
+        read = sum(step.real for trace in whole for step in trace.steps[:done])
+        traces = run_on_ranks(training.resumed, move.to, cell, folder, name, in_epoch, None, False)
+        epoch, step = divmod(done, in_epoch)
+        samples = sum(item.real for trace in whole for item in trace.steps[epoch * in_epoch : done])
+        for trace in traces:
+            started = trace.started_at
+            assert started[0] == epoch, f"{name} on {move.to} ranks"
+            assert started[2] == samples or (step and not cell.counts_samples), f"{name} on {move.to} ranks"
+        assert global_order(traces) == order[read:], f"{name} on {move.to} ranks"
+        tally["moved runs"] += 1
+    tally["moves"] += 1
+
+
+@pytest.mark.parametrize("move", sample_of_moves(), ids=str)
+def test_the_order_does_not_depend_on_the_number_of_ranks(move, tmp_path, tally):
+    check(move, tmp_path, tally, every=13)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("move", moves(), ids=str)
+def test_every_move_keeps_the_order(move, tmp_path, tally):
+    check(move, tmp_path, tally, every=2)
