@@ -168,6 +168,15 @@ def spread_means() -> list[float]:
     return losses
 
 
+def evaluate_like_a_trainer(config: dict[str, Any], size: int) -> tuple[list[float], int]:
+    """Gather `loss.repeat(batch_size)` in every step, with the size that the loader was made with."""
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(**config))
+    losses: list[float] = []
+    for batch in accelerator.prepare(DataLoader(torch.arange(size), batch_size=8)):
+        losses += accelerator.gather_for_metrics(batch.float().mean().repeat(8)).tolist()
+    return losses, len(accelerator.gather_for_metrics(torch.zeros(3)))
+
+
 class Counted(IterableDataset):
     """0, 1, 2, ..."""
 
@@ -182,6 +191,17 @@ def test_a_mean_spread_over_the_configured_batch_counts_once_for_each_sample():
     for losses in run_on_ranks(spread_means, 2):
         assert [loss == loss for loss in losses] == [False] * 3 + [True] * 2
         assert losses[3:] == [pytest.approx(7 / 3)] * 2  # of 3, 4 and, again, 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("config", [{"even_batches": False}, {"split_batches": True, "even_batches": False}])
+@pytest.mark.parametrize("size", [13, 20, 22])
+def test_so_the_mean_over_an_epoch_weighs_all_samples_alike(world_size, config, size):
+    times = world_size if "split_batches" in config else 1  # there, the script repeats by what all processes share
+    losses, outside = run_on_ranks(evaluate_like_a_trainer, world_size, config, size)[0]  # the others may leave earlier
+    assert sum(losses) / len(losses) == pytest.approx((size - 1) / 2)
+    assert len(losses) == size * times
+    assert outside == 3 * world_size  # outside of a loop nothing is cut
 
 
 # Ranks that have left --------------------------------------------------------------------------------------------

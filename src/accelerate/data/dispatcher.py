@@ -425,6 +425,12 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         return known_batch_size(size, self.index_sampler) * (1 if self.split_batches else self._num_shards)
 
     @property
+    def full_batch_size(self) -> int | None:
+        """Number of samples this process gets in a full step; `None` if batches have no fixed size."""
+        size = self.batch_size if self.batch_size is not None else getattr(self.index_sampler, "batch_size", None)
+        return size // self._num_shards if size is not None and self.split_batches else size
+
+    @property
     def total_dataset_length(self) -> int:
         """Number of samples in the dataset."""
         dataset: Any = self.dataset

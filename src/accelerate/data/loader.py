@@ -450,6 +450,16 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         return known_batch_size(self._total_batch_size(), self.index_sampler)
 
     @property
+    def full_batch_size(self) -> int | None:
+        """Number of samples this process gets in a full step; `None` if batches have no fixed size."""
+        sampler = self.index_sampler
+        while isinstance(sampler, SkipBatchSampler):
+            sampler = sampler.batch_sampler
+        size = getattr(sampler, "batch_size", None)
+        split = isinstance(sampler, BatchSamplerShard) and sampler.split_batches
+        return size // sampler.num_processes if size is not None and split else size
+
+    @property
     def total_dataset_length(self) -> int:
         """Number of samples in the dataset; of a sharded iterable dataset, in this process's share."""
         dataset: Any = self.dataset

@@ -44,7 +44,10 @@ def mesh_data_shard(axis_names: Sequence[str], shape: Sequence[int], coordinate:
 
 @dataclass(frozen=True, slots=True)
 class Padding:
-    """What the data shards get in one step, where that is not the same number of real samples for all."""
+    """What the data shards get in one step, where that is not the same number of real samples for all.
+
+    Also given for a last step in which all get equally few.
+    """
 
     rows: tuple[int, ...]
     """Samples in the batch of each shard; 0 for one that has no batch in this step."""
@@ -236,7 +239,7 @@ class ShardPlan:
         start = sum(sizes[: self.index])
         mine = samples[start : start + sizes[self.index]] or [opening[0][0]]
         padding = Padding(tuple(max(1, size) for size in sizes), tuple(sizes))
-        return mine, padding if len(set(sizes)) > 1 else None
+        return mine, padding
 
     def _padding(self, given: list[Any], batches: list[Any]) -> Padding | None:
         if self.count == 1:
@@ -287,7 +290,7 @@ class ShardPlan:
         else:
             rows = max(self.rows, -(-size // self.count))
         mine = whole[self.index * rows : (self.index + 1) * rows]
-        if rows * self.count == size or self.count == 1:
+        if self.count == 1 or (rows == self.rows and rows * self.count == size):
             return mine, None
         real = tuple(min(max(0, size - index * rows), rows) for index in range(self.count))
         return mine, Padding((rows,) * self.count if self.even and not self.drop_last else real, real)

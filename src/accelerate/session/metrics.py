@@ -8,7 +8,8 @@ In a step with padding the padded rows are the last ones of a rank's batch. So a
 `k` entries for each row keeps `k` times as many as the rank has real rows; `k` is the same on all ranks, or which
 entry belongs to which row were a guess. A value without rows counts once for each rank that has a real row. A
 mean that was spread over the configured batch size, `loss.repeat(batch_size)`, where the batch is shorter than that,
-counts once for each real row. Anything else raises, on all ranks, since all know the shapes of all.
+counts once for each real row, on one process too: so the mean over an epoch weighs every sample alike. Anything else
+raises, on all ranks, since all know the shapes of all.
 
 [Note: who takes part]
 A rank without a batch in this step has left the loop, and may wait in another collective. So where there is one, the
@@ -71,7 +72,7 @@ def gather_for_metrics(
     as_objects = use_gather_object or not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves)
     runtime = state.current_or_single()
     if runtime.process.world_size == 1:
-        return input_data
+        return input_data if as_objects else _without_excess(dataloader or next(reversed(active), None), input_data)
     if as_objects and isinstance(input_data, Mapping):
         raise WrongTypeError(
             explain(
@@ -134,7 +135,12 @@ def _given(loader: Any) -> int:
 
 
 def _same_outcome(loaders: Sequence[Any]) -> bool:
-    return len({(getattr(loader, "padding", None), _mesh_of(loader)) for loader in loaders}) == 1
+    return len({(_outcome(getattr(loader, "padding", None)), _mesh_of(loader)) for loader in loaders}) == 1
+
+
+def _outcome(padding: Padding | None) -> Padding | None:
+    alike = padding is None or (padding.rows == padding.real and len(set(padding.rows)) == 1)
+    return None if alike else padding
 
 
 def _mesh_of(loader: Any) -> Any:
@@ -197,6 +203,9 @@ class Step:
     copies: frozenset[int]
     """Ranks that work on the same batch as one before them; their results are left out."""
 
+    full: int | None = None
+    """Samples in a full batch of one rank, where it is known and this step's are shorter."""
+
     @property
     def ranks(self) -> tuple[int, ...]:
         """Who is in the loop."""
@@ -212,6 +221,7 @@ def step_of(loader: Any, rank: int, world_size: int) -> Step:
     padding: Padding | None = getattr(loader, "padding", None)
     shard_of = shards_of_ranks(world_size, _mesh_of(loader))
     copies = frozenset(place for place, shard in enumerate(shard_of) if shard in shard_of[:place])
+    full: int | None = getattr(loader, "full_batch_size", None)
     if padding is None:
         return Step(tuple([Part(place, 1, 1) for place in range(world_size)]), False, False, copies)
     count = len(padding.rows)
@@ -231,7 +241,10 @@ def step_of(loader: Any, rank: int, world_size: int) -> Step:
             )
         )
     parts = [Part(place, padding.rows[shard], padding.real[shard]) for place, shard in enumerate(shard_of)]
-    return Step(tuple([part for part in parts if part.rows]), padding.rows != padding.real, True, copies)
+    present = tuple([part for part in parts if part.rows])
+    short = full if full and any(part.rows < full for part in present) else None
+    uneven = padding.rows != padding.real or len(set(padding.rows)) > 1
+    return Step(present, padding.rows != padding.real, uneven or short is not None, copies, short)
 
 
 def kept_lengths(step: Step, lengths: Sequence[int]) -> list[int] | None:
@@ -307,26 +320,50 @@ def _gather_leaf(
         return values if len(kept) == len(values) else values[kept]
     common = [max(sizes) for sizes in zip(*shapes, strict=True)]
     joined = talk.gather_among(_padded(leaf, common, pad_index), step.ranks)
-    if not step.cuts and not step.copies and all(shape[0] == common[0] for shape in shapes):
+    if not (step.cuts or step.copies or step.full) and all(shape[0] == common[0] for shape in shapes):
         return joined
     pieces = [piece[: shape[0]] for piece, shape in zip(joined.view(len(shapes), *common), shapes, strict=True)]
-    lengths = kept_lengths(step, [shape[0] for shape in shapes])
-    if lengths is not None:
+    times = times_spread(step, pieces)
+    lengths = kept_lengths(step, [shape[0] for shape in shapes]) if times is None else None
+    if times is not None:
+        pieces = [piece[: times * part.real] for part, piece in zip(step.parts, pieces, strict=True)]
+    elif lengths is not None:
         pieces = [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
-    elif _is_spread_mean(step, pieces):
-        pieces = [piece[: part.real] for part, piece in zip(step.parts, pieces, strict=True)]
     else:
         raise _uncuttable(step, "a tensor", [f"shape {shape}" for shape in shapes])
     return torch.cat([piece for part, piece in zip(step.parts, pieces, strict=True) if part.rank not in step.copies])
 
 
-def _is_spread_mean(step: Step, pieces: list[torch.Tensor]) -> bool:
+def times_spread(step: Step, pieces: Sequence[torch.Tensor]) -> int | None:
+    """Return how often each row counts in a mean that was spread over full batches; `None` if this is no such mean.
+
+    Args:
+        step: Whose rows.
+        pieces: What each rank has.
+    """
     first = pieces[0]
     if first.dim() != 1 or not first.is_floating_point() or any(len(piece) != len(first) for piece in pieces):
-        return False
-    return all(len(piece) > part.rows for part, piece in zip(step.parts, pieces, strict=True)) and all(
-        torch.allclose(piece, piece[:1].expand_as(piece), rtol=0, atol=0, equal_nan=True) for piece in pieces
-    )
+        return None
+    if not step.full:
+        return None
+    times, rest = divmod(len(first), step.full)  # several, where the script repeats by a batch size that is split
+    same = times and not rest and all(_is_one_value(piece) for piece in pieces)
+    return times if same else None
+
+
+def _is_one_value(piece: torch.Tensor) -> bool:
+    return bool((piece == piece[0]).all() or piece.isnan().all())
+
+
+def _without_excess(loader: Any, data: Any) -> Any:
+    """Return what one process has, with a mean that was spread over a full batch cut to a short last batch's rows."""
+    full: int | None = getattr(loader, "full_batch_size", None)
+    rows: int = getattr(loader, "remainder", -1)
+    if full is None or rows <= 0 or not loader.end_of_dataloader:
+        return data
+    step = Step((Part(0, rows, rows),), cuts=False, uneven=False, copies=frozenset(), full=full)
+    times = {id(leaf): times_spread(step, [leaf]) for leaf in tree_leaves(data)}
+    return tree_map(lambda leaf: leaf if (often := times[id(leaf)]) is None else leaf[: often * rows], data)
 
 
 def _padded(leaf: torch.Tensor, shape: list[int], value: int) -> torch.Tensor:

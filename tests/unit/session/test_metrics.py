@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.core.errors import SettingError
 from accelerate.data.shards import Padding
-from accelerate.session.metrics import Part, Step, choose_loader, kept_lengths, step_of
+from accelerate.session.metrics import Part, Step, choose_loader, kept_lengths, step_of, times_spread
 
 FULL, SHORT = None, Padding((2, 2), (2, 1))
 
@@ -180,6 +180,27 @@ def test_entries_are_kept_by_rows(lengths, kept):
 def test_entries_are_kept_by_each_ranks_own_rows():
     assert kept_lengths(cut_step((3, 3), (2, 0)), [6, 4]) == [6, 0]
     assert kept_lengths(cut_step((3, 3), (2, 0)), [6, 6]) is None
+
+
+@pytest.mark.parametrize(
+    ("pieces", "times"),
+    [
+        ([torch.zeros(4), torch.ones(4)], 1),
+        ([torch.zeros(8), torch.ones(8)], 2),
+        ([torch.full((4,), torch.nan), torch.ones(4)], 1),
+        ([torch.zeros(3), torch.zeros(3)], None),  # not a full batch
+        ([torch.zeros(4), torch.zeros(3)], None),
+        ([torch.zeros(4), torch.arange(4.0)], None),
+        ([torch.zeros(4).long(), torch.zeros(4).long()], None),
+        ([torch.zeros(4, 1), torch.zeros(4, 1)], None),
+        ([torch.zeros(0), torch.zeros(0)], None),
+    ],
+)
+def test_a_mean_spread_over_a_full_batch_is_told_by_its_length_and_one_value(pieces, times):
+    step = step_of(Loader(Padding((4, 3), (4, 2)), full_batch_size=4), 0, 2)
+    assert times_spread(step, pieces) == times
+    assert times_spread(step_of(Loader(Padding((4, 3), (4, 2))), 0, 2), pieces) is None  # no batch size is known
+    assert times_spread(step_of(Loader(Padding((4, 4), (4, 2)), full_batch_size=4), 0, 2), pieces) is None  # is full
 
 
 class Mesh:
