@@ -63,6 +63,7 @@ _SHARD = r"(-[0-9]{5}-of-[0-9]{5})?"
 _WEIGHTS = re.compile(rf"(model|pytorch_model)(?P<number>{_NUMBER}){_SHARD}\.(safetensors|bin)(\.index\.json)?")
 _OPTIMIZER = re.compile(rf"{OPTIMIZER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
 _SCHEDULER = re.compile(rf"{SCHEDULER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
+_SAMPLER = re.compile(rf"{SAMPLER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
 _STATE = re.compile(
     rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?"
     r"|accumulation_rank[0-9]+|scaler|random_states_[0-9]+|custom_checkpoint_[0-9]+)\.(json|safetensors|bin|pkl|pt)"
@@ -130,8 +131,8 @@ def custom_indices(names: Iterable[str]) -> set[int]:
 
 
 def count_saved(names: Iterable[str]) -> dict[str, int]:
-    """Count the models, optimizers and schedulers in a folder with these names, ours or the peer's."""
-    patterns = {"models": _WEIGHTS, "optimizers": _OPTIMIZER, "schedulers": _SCHEDULER}
+    """Count the models, optimizers, schedulers and loaders in a folder with these names, ours or the peer's."""
+    patterns = {"models": _WEIGHTS, "optimizers": _OPTIMIZER, "schedulers": _SCHEDULER, "loaders": _SAMPLER}
     found: dict[str, set[int]] = {kind: set() for kind in patterns}
     for name in names:
         for kind, pattern in patterns.items():

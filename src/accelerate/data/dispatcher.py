@@ -163,7 +163,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         settle_left(self.gradient_state)
         place, mark = self._placement(runtime), self._mark
         self._close_broken_pass(runtime)
-        pending, mark.pending = mark.pending, None
+        pending, loads = self._take_pending()
         self.begin()
         try:
             self._set_samplers_epoch(self.iteration)
@@ -177,6 +177,8 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
                 mark.last_batch = given.batch if place is None else place(given.batch)
                 yield mark.last_batch
                 mark.last_batch = None  # not held while the next one is made
+                if mark.loads != loads:
+                    self._check_loads(loads)
         except GeneratorExit:
             if mark.finished:  # zip, for example, does not ask for more than it needs
                 mark.close()

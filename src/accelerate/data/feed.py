@@ -110,6 +110,13 @@ class Source:
         return self.in_samples and type(self.batches.sampler) in _DRAW_AT_ONCE
 
     @property
+    def is_drawn_first(self) -> bool:
+        """Whether the whole order is drawn, from whatever generator, before its first item is given."""
+        return self.draws_at_once and (
+            type(self.batches.sampler) is not RandomSampler or is_permutation(self.batches.sampler)
+        )
+
+    @property
     def draws_globally(self) -> bool:
         """Whether the order may depend on the global generators, so that ranks have to take it from those of one."""
         if not self.draws_at_once:
@@ -162,6 +169,8 @@ class Feed:
         """By number, for batches that are not the same for all shards."""
         self.pass_seed: int | None = None
         """The seed of worker processes over an iterable dataset in the pass that begins."""
+        self.pass_epoch: int | None = None
+        """The epoch to tell worker processes that outlast a pass: their copies of the dataset are not told otherwise."""
         self.seeds_each = False
         """Seed them for each batch, in place of once: then a dataset can go on from a state of its own."""
 
@@ -210,14 +219,15 @@ class Feed:
 
     def __iter__(self) -> Iterator[Any]:
         if self.pass_seed is not None:
-            return self._seeding_workers(self.pass_seed, self.seeds_each)
+            return self._seeding_workers(self.pass_seed, self.pass_epoch, self.seeds_each)
         return iter(self._own()) if self._order is None else self._hand_out(self._order)
 
-    def _seeding_workers(self, seed: int, each: bool) -> Iterator[Any]:
+    def _seeding_workers(self, seed: int, epoch: int | None, each: bool) -> Iterator[Any]:
         """Give requests for batches, of which the first goes to the first worker process, and so on."""
         workers = self.loader.num_workers
         for number, request in enumerate(self._own()):
-            yield Seeded(request, numbered(seed, number)) if each or number < workers else request
+            first = number < workers
+            yield Seeded(request, numbered(seed, number), epoch if first else None) if each or first else request
 
     def _hand_out(self, order: Iterator[tuple[Any, Padding | None]]) -> Iterator[Any]:
         self.prime()
@@ -265,7 +275,7 @@ def _order(
             draw = draw_order(sampler)
             if check is not None:
                 _verify(check, draw.order[check.at : check.at + check.rows].tolist(), sampler)
-            kept += [chunk.tolist() for chunk in draw.order[:begin].split(size)[:wanted]]
+            kept += [chunk.tolist() for chunk in draw.order[: min(begin, wanted * size)].split(size)] if wanted else []
             yield from _padded(plan, len(sampler), shuffled_batches(plan, draw))
             return
     yield from _walk(source, begin, check, wanted, kept)
@@ -291,7 +301,7 @@ def _walk(
         return
     first = list(islice(items, 1))
     dealt = _deal(source, chain(first, items), begin, check, wanted, kept)
-    stream = PrivateStream(Snapshot().seed("order"))
+    stream = PrivateStream(Snapshot().seeds("order"))
     while True:
         with stream:
             item = next(dealt, None)

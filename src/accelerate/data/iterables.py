@@ -23,6 +23,7 @@ from ..core.available import is_tqdm_available
 from ..core.errors import CheckpointError, explain
 from ..runtime.progress import tqdm
 from .shards import Padding, ShardPlan
+from .streams import Seeds, derive, numbered
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,28 +36,53 @@ class Marked:
 
 @dataclass(slots=True)
 class Counted:
-    """A batch of such samples."""
+    """A batch, with what its samples were marked with, and which worker process made it."""
 
     batch: Any
-    padding: Padding
+    padding: Padding | None
+    worker: int | None
 
     def pin_memory(self) -> Counted:
         """Return it in pinned memory, as torch's loader asks for."""
-        return Counted(pin_memory(self.batch), self.padding)
+        return Counted(pin_memory(self.batch), self.padding, self.worker)
 
 
 class CountingCollate:
-    """Calls a collate function with plain samples, and hands on what they were marked with."""
+    """Calls a collate function with plain samples, and hands on what they were marked with and where it runs."""
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:
         self.collate = collate
 
     def __call__(self, samples: Any) -> Any:
+        info = get_worker_info()
+        worker = None if info is None else info.id
         if isinstance(samples, Marked):
-            return Counted(self.collate(samples.sample), samples.padding)
+            return Counted(self.collate(samples.sample), samples.padding, worker)
         if not isinstance(samples, list) or not samples or type(samples[0]) is not Marked:
+            batch = self.collate(samples)
+            return batch if worker is None else Counted(batch, None, worker)
+        return Counted(self.collate([marked.sample for marked in samples]), samples[0].padding, worker)
+
+
+class SeededCollate:
+    """Calls a collate function that draws from seeds of its batch: so samples may be skipped without collating them.
+
+    Args:
+        collate: The function.
+        seeds: Of the pass, for Python, numpy and torch.
+        number: Which batch comes first.
+    """
+
+    def __init__(self, collate: Callable[[Any], Any], seeds: tuple[int, int, int], number: int) -> None:
+        self.collate = collate
+        self._seeds = tuple(derive(seed, "collate") for seed in seeds)
+        self._number = number
+
+    def __call__(self, samples: Any) -> Any:
+        number, self._number = self._number, self._number + 1
+        python, of_numpy, of_torch = (numbered(seed, number) for seed in self._seeds)
+        with Seeds((python, of_numpy, of_torch)):
             return self.collate(samples)
-        return Counted(self.collate([marked.sample for marked in samples]), samples[0].padding)
 
 
 class IterableDatasetShard(IterableDataset):

@@ -11,6 +11,7 @@ underneath, and a state for resuming is taken before that next one is asked for.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from .. import hardware
 from ..core.enums import RNGType
-from ..core.errors import SettingError, explain
+from ..core.errors import CheckpointError, SettingError, explain
 from ..runtime import state
 from ..runtime.accumulation import GradientState
 from ..runtime.ops import send_to_device
@@ -329,9 +330,51 @@ class DataLoaderStateMixin:
         self.reset()
 
     def leave(self) -> None:
-        """Take note that the loop was broken off; it stays the active loader until it begins again."""
+        """Take note that the loop was broken off; it stays the active loader until it begins again.
+
+        A loop inside another one, such as an evaluation of some batches, begins anew after a resume as it does in this
+        run; any other goes on where it was.
+        """
+        around = [loader for loader in self.gradient_state.dataloader_references if loader not in (None, self)]
+        if any(
+            self.steps_before.get(id(loader)) == getattr(loader, "steps_given", 0)
+            and not getattr(loader, "_left_early", 0)
+            for loader in around
+        ):
+            self._mark.place = None
         self._left_early += 1
         self._mark.padding = self._mark.last_batch = None
+
+    def _take_pending(self) -> tuple[Place | None, int]:
+        """Return where the pass that begins now continues, and how often places were restored until then."""
+        mark = self._mark
+        if (
+            mark.pending is None
+            and mark.place is not None
+            and mark.continues
+            and mark.given == 1
+            and not self.steps_before
+        ):
+            warnings.warn(
+                f"{type(self).__name__} begins epoch {mark.iteration} anew, and was to continue in the middle of it: a "
+                "loop that began where load_state left it was left after one batch. To look at a batch without using "
+                "up the place, do it before load_state.",
+                stacklevel=4,
+            )
+        pending, mark.pending = mark.pending, None
+        mark.continues = pending is not None
+        return pending, mark.loads
+
+    def _check_loads(self, loads: int) -> None:
+        if self._mark.loads != loads:
+            raise CheckpointError(
+                explain(
+                    "load_state was called inside a loop over a loader that it put back: this loop would go on where it "
+                    "was, and the samples that were put back would be left out.",
+                    accepted="load_state outside of loops over prepared loaders, or followed by leaving the loop",
+                    remedy="Break out of the loop after load_state, and begin it again.",
+                )
+            )
 
     def _expected_remainder(self) -> int:
         return -1
@@ -387,8 +430,10 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         settle_left(self.gradient_state)
         place = placement(self.device, self._non_blocking or self.prefetches)
         ahead = self.prefetches and place is not None and self.device is not None
+        if self.use_stateful_dataloader and self._reader.saves_in_workers:
+            ahead = False  # its state is that of the batch read last, which must be the one given last
         mark = self._mark
-        pending, mark.pending = mark.pending, None
+        pending, loads = self._take_pending()
         if pending is None:
             self._synchronize()
         self.begin()
@@ -405,6 +450,8 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
                     self.end_of_dataloader = mark.finished = True
                 mark.last_batch = batch = batch if place is None else place(batch)
                 yield batch
+                if mark.loads != loads:
+                    self._check_loads(loads)
         except GeneratorExit:
             if mark.finished:  # zip, for example, does not ask for more than it needs
                 mark.close()
@@ -456,8 +503,9 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         while isinstance(sampler, SkipBatchSampler):
             sampler = sampler.batch_sampler
         size = getattr(sampler, "batch_size", None)
-        split = isinstance(sampler, BatchSamplerShard) and sampler.split_batches
-        return size // sampler.num_processes if size is not None and split else size
+        if size is not None and isinstance(sampler, BatchSamplerShard) and sampler.split_batches:
+            return size // sampler.num_processes
+        return size
 
     @property
     def total_dataset_length(self) -> int:

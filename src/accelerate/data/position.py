@@ -8,6 +8,9 @@ samplers keep in attributes. To continue, all of it is put back, the order drawn
 where it was left; then the global generators go back to where the run had them. What is put back of a sampler: its
 own `state_dict()` if it has one; else random generators among its attributes, and numbers and texts among them that
 have changed since it was prepared, such as a count of passes.
+
+Kept too is what samplers were in the middle of the pass: another loader may share a generator and have drawn from it
+since, and a pass that is given up must not leave them at its beginning.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from ..core.errors import CheckpointError, explain
 from .feed import Check, Feed
 from .shards import Padding
 from .streams import Snapshot
+from .trail import Trail
 
 _ALWAYS = ("epoch", "initial_seed")
 """What is kept of a sampler although it has not changed, for it may be set otherwise in another process."""
@@ -80,9 +84,6 @@ class Place:
     check: Check | None = None
     """Something that was read before."""
 
-    draws: bool | None = None
-    """Whether reading draws random numbers in the main process."""
-
     per_step: int = 1
     """Units that all shards together read in one step."""
 
@@ -100,6 +101,24 @@ class Place:
 
     snapshot: dict[str, Any] | None = None
     """A state of the dataset itself, at `snapshot["done"]` units."""
+
+    batch: int = 0
+    """Samples that all shards together read for one batch of a stream; 0 where there are indices."""
+
+    starts: list[int] | None = None
+    """Samples that each worker process had read of a stream where this run began to read batches."""
+
+    started: int = 0
+    """How many all of them had read there."""
+
+    by_worker: list[int] | None = None
+    """How many each has read in all."""
+
+    seen: list[Any] | None = None
+    """A few values of the last batch of a stream."""
+
+    now: list[dict[str, Any]] | None = None
+    """What samplers and datasets were in the middle of the pass, for what comes after it."""
 
     def to_state(self) -> dict[str, Any]:
         """Return it as plain values and tensors."""
@@ -129,18 +148,23 @@ class Bookmark:
         self.finished = False
         """Whether the batch given last is the last of the pass."""
         self.feed: Feed | None = None
+        self.trail: Trail | None = None
         self.snapshots: deque[dict[str, Any]] = deque()
         """States that the dataset had in this pass; it may read ahead of the loop."""
         self.padding: Padding | None = None
         self.last_batch: Any = None
         self.steps_given = 0
+        self.continues = False
+        """Whether the pass began at a place that was restored."""
+        self.loads = 0
+        """How often a place was restored."""
         self.has_workers = False
         """Whether worker processes were made that last until the end of the run."""
 
-    def open(self, place: Place, feed: Feed | None = None) -> None:
-        """Begin a pass, or go on with one, whose indices come from `feed`."""
+    def open(self, place: Place, feed: Feed | None = None, trail: Trail | None = None) -> None:
+        """Begin a pass, or go on with one, whose indices come from `feed`, or whose batches are noted in `trail`."""
         self.place, self.given, self.finished, self.pending = place, 0, False, None
-        self.feed = feed
+        self.feed, self.trail = feed, trail
 
     def close(self) -> None:
         """End a pass that was read to its end."""
@@ -193,8 +217,15 @@ def capture(nodes: Sequence[Any], baseline: Sequence[dict[str, Any]] | None = No
     return found
 
 
-def put_back(nodes: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
+def put_back(
+    nodes: Sequence[Any], states: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]] | None = None
+) -> None:
     """Give samplers and datasets what `capture` returned of ones like them.
+
+    Args:
+        nodes: The objects.
+        states: What was captured.
+        baseline: Their `plain_values` when they were prepared, for values that had not changed.
 
     Raises:
         CheckpointError: If they are not like them.
@@ -206,11 +237,12 @@ def put_back(nodes: Sequence[Any], states: Sequence[dict[str, Any]]) -> None:
                 remedy="Make the loader as it was made for the save.",
             )
         )
-    for node, state in zip(nodes, states, strict=True):
+    for number, (node, state) in enumerate(zip(nodes, states, strict=True)):
         if "own" in state:
             _load_own(node, state["own"])
             continue
-        for name, value in state["values"].items():
+        unchanged = {} if baseline is None else baseline[number]
+        for name, value in {**unchanged, **state["values"]}.items():
             if hasattr(node, name):
                 setattr(node, name, value)
         for name, value in state["generators"].items():
@@ -275,7 +307,7 @@ def opening(nodes: Sequence[Any], baseline: Sequence[dict[str, Any]]) -> dict[st
     return {"random": Snapshot().states, "samplers": capture(nodes, baseline)}
 
 
-def reopen(nodes: Sequence[Any], kept: dict[str, Any]) -> None:
+def reopen(nodes: Sequence[Any], kept: dict[str, Any], baseline: Sequence[dict[str, Any]]) -> None:
     """Put back what `opening` returned; the caller puts the global generators back to where they are now."""
-    put_back(nodes, kept["samplers"])
+    put_back(nodes, kept["samplers"], baseline)
     Snapshot(kept["random"]).restore()

@@ -13,28 +13,30 @@ their global generators take it from those of rank 0.
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from ..core.errors import CheckpointError, explain
 from ..runtime import state
 from .agreement import TopUp
 from .feed import Check, Feed, Source, source_of
-from .iterables import Continued, Counted, CountingCollate, IterableDatasetShard, skip_with_progress
+from .iterables import Continued, Counted, CountingCollate, IterableDatasetShard, SeededCollate, skip_with_progress
 from .position import Place, capture, opening, plain_values, put_back, reopen
 from .samplers import BatchSamplerShard, SkipBatchSampler
 from .shards import Padding
-from .streams import PrivateStream, SeededReads, Snapshot, derive, numbered, private, seed_globals
+from .sources import has_state
+from .streams import PrivateStream, Snapshot, derive, numbered, private, seed_globals, seeded_reads
+from .trail import Left, Trail, Way, check_same, find_way
 
 _SNAPSHOT_EVERY = 16
 """How many batches lie between two states taken of a dataset that can save its own."""
@@ -63,8 +65,31 @@ def shard_of(dataset: Any, sampler: Any) -> tuple[int, int]:
     return 0, 1
 
 
-def _has_state(dataset: Any) -> bool:
-    return all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
+def _noted(trail: Trail, batch: Any) -> Any:
+    """Take note of a batch that was read; return what the loop gets of it."""
+    if type(batch) is not Counted:
+        trail.note(batch, None, trail.per_batch)
+        return batch
+    samples = trail.per_batch if batch.padding is None else sum(batch.padding.real)
+    trail.note(batch.batch, batch.worker, samples)
+    return batch.batch
+
+
+def _datasets(dataset: Any) -> list[Any]:
+    """Return a dataset, without shares, and those that it reads from, as far as attributes tell."""
+    while isinstance(dataset, IterableDatasetShard):
+        dataset = dataset.dataset
+    found: list[Any] = []
+    waiting = [dataset]
+    while waiting:
+        node = waiting.pop(0)
+        if any(node is known for known in found):
+            continue
+        found.append(node)
+        for value in getattr(node, "__dict__", {}).values():
+            inner = value if isinstance(value, (list, tuple)) else [value]
+            waiting += [item for item in inner if isinstance(item, Dataset)]
+    return found
 
 
 class _Own:
@@ -89,6 +114,8 @@ class Reader:
         feed: Feed | None = getattr(base, "feed", None)
         self.feed = Feed(base) if feed is None or feed.loader is not base else feed  # a copy shares its loader's
         base.feed = self.feed  # pyright: ignore[reportAttributeAccessIssue]
+        self._datasets = _datasets(base.dataset)  # once: a pass may make more of them
+        self._told = self._ahead = False
         self._baseline = [plain_values(node) for node in self._nodes()]
         self.opening: list[Any] = []
         """The first batches of a pass that begins later, where the caller asked for them."""
@@ -108,11 +135,8 @@ class Reader:
 
     def _nodes(self) -> list[Any]:
         """Return everything that decides the order, from the bottom up."""
-        dataset: Any = self._base.dataset
         if self.iterable:
-            while isinstance(dataset, IterableDatasetShard):
-                dataset = dataset.dataset
-            return [dataset, _Own(self._base.generator)]
+            return [*self._datasets, _Own(self._base.generator)]
         nodes, node = [], self._source().batches
         while node is not None:
             nodes.append(node)
@@ -131,7 +155,7 @@ class Reader:
             kept: How many batches at the start of the pass the caller needs in any case; where it begins later, they
                 are in `opening` when the first batch comes.
         """
-        self.opening = []
+        self.opening, self._ahead = [], ahead
         if self.iterable:
             return self._read_stream(pending, kept)
         return self._read_indices(pending, ahead, kept)
@@ -173,9 +197,7 @@ class Reader:
         place.per_step = source.units_per_step * owner.reads_per_step
         place.workers, place.makes_workers = base.num_workers, makes_workers
         if base.num_workers == 0 and (ahead or owner.shard_count > 1):
-            place.draws = None if pending is None else pending.draws
-            first = begin // source.units_per_step
-            batches = iter(SeededReads(batches, seed, first, place.draws, partial(setattr, place, "draws")))
+            batches = seeded_reads(batches, seed, begin // source.units_per_step)
         owner._mark.open(place, feed)
         paddings = feed.paddings
         for number, batch in enumerate(batches, start=1):
@@ -189,7 +211,7 @@ class Reader:
             fetch = _MapDatasetFetcher(base.dataset, base.batch_sampler is not None, base.collate_fn, False)
             return fetch.fetch(indices)
 
-    def _fetch_opening(self, seed: int, count: int) -> list[Any]:
+    def _fetch_opening(self, seed: tuple[int, int, int], count: int) -> list[Any]:
         """Read the first samples of a pass that begins later."""
         base: Any = self._base
         with PrivateStream(seed):
@@ -202,48 +224,97 @@ class Reader:
 
     def _read_stream(self, pending: Place | None, kept: int) -> Iterator[Read]:
         owner, base = self._owner, self._base
-        dataset: Any = base.dataset
         per_step = self._stream_step()
         begin = self._begin(pending, per_step)
-        strict = pending is not None and pending is not owner.replaces and owner.agreement is None
-        resumes = owner._resumes  # torchdata's loader goes on by itself
-        owner._resumes = False
-        if resumes:
-            discarded, starts = 0, 0
-        elif base.num_workers or owner.use_stateful_dataloader:
-            discarded, starts = self._to_discard(begin, per_step, pending)
-        else:
-            discarded, starts = 0, begin
-        owner._base_counts = not starts
+        restored = pending if pending is not owner.replaces else None
+        resumes, owner._resumes = owner._resumes, False  # whether torchdata's loader goes on by itself
         with self._opened(pending, self._is_shared) as opening_states:
             own = owner.shard_index if owner.agreement is not None else 0  # each rank reads samples of its own
-            seed = Snapshot(opening_states["random"]).seed("data", owner.iteration, own)
-            stream = None if base.num_workers else PrivateStream(seed)
-            if stream is not None and kept and begin and not discarded:
-                self.opening = self._fetch_opening(seed, min(begin, kept * per_step))
-            usable = pending is not None and pending is not owner.replaces and stream is not None and not resumes
-            snapshot = pending.snapshot if pending is not None and usable else None
-            if snapshot is not None and stream is not None:
-                starts = begin - self._return_to(snapshot, stream, seed)
-            with self._started_at(dataset, starts, strict):
-                self.feed.pass_seed = None if stream is not None else seed
+            seeds = Snapshot(opening_states["random"]).seeds("data", owner.iteration, own)
+            stream = None if base.num_workers else PrivateStream(seeds)
+            snapshot = restored.snapshot if restored is not None and stream is not None and not resumes else None
+            way = Way() if resumes else self._way(begin, per_step, restored)
+            owner._base_counts = not way.starts
+            skipped = way.starts
+            if stream is not None and kept and skipped:
+                self.opening = self._fetch_opening(seeds, min(begin, kept * per_step))
+            if snapshot is not None and stream is not None and isinstance(skipped, int):
+                skipped -= self._return_to(snapshot, stream, seeds)
+            # Workers whose part is exhausted read less than the others.
+            strict = restored is not None and owner.agreement is None and isinstance(skipped, int)
+            with self._started_at(skipped, strict, None if base.num_workers else (seeds, way.started // per_step)):
+                self.feed.pass_seed = (
+                    seeds[2] if base.num_workers else None
+                )  # workers are seeded by torch's, as torch does
+                self.feed.pass_epoch = owner.iteration if base.persistent_workers else None
                 self.feed.seeds_each = owner.use_stateful_dataloader and self.saves_in_workers
                 batches, makes_workers = self._iterator(pending)
                 self.feed.pass_seed = None
         if stream is not None:
             batches = private(batches, stream)
-        if discarded and kept:
-            self.opening = list(islice(batches, min(kept, discarded)))
-        left_out = discarded - (min(kept, discarded) if self.opening else 0)
-        skip_with_progress(batches, left_out, "batches", strict=strict)
-        place = Place(opening_states, begin, per_step=per_step * owner.reads_per_step, snapshot=snapshot)
+        begun = restored.by_worker if resumes and restored is not None else way.starts
+        trail = Trail(begun if isinstance(begun, list) or not resumes else None, base.num_workers, per_step)
+        self._leave_out(batches, way, trail, kept, restored, strict)
+        place = Place(
+            opening_states, begin, per_step=per_step * owner.reads_per_step, snapshot=snapshot, batch=per_step
+        )
         place.workers, place.makes_workers = base.num_workers, makes_workers
-        owner._mark.open(place)
-        watched = self._watched(batches, stream, begin, per_step)
+        place.started, place.starts = way.started, way.starts if isinstance(way.starts, list) else None
+        owner._mark.open(place, trail=trail)
+        watched = self._watched(batches, stream, begin, trail)
         if owner.agreement is not None:
             yield from owner.agreement.walk(self._plain(watched))
             return
         yield from watched if owner.looks_ahead else self._looking_ahead(watched)
+
+    def _way(self, begin: int, per_step: int, restored: Place | None) -> Way:
+        """Return how to get to the unit that the pass begins with.
+
+        Raises:
+            CheckpointError: If that cannot be told.
+        """
+        owner, workers = self._owner, self._base.num_workers
+        step = per_step * owner.reads_per_step
+        left = Left(begin, step, per_step, workers)
+        if restored is not None:
+            noted = restored.batch if restored.seen is not None else 0
+            left = Left(
+                begin, restored.per_step, noted, restored.workers, restored.starts, restored.started, restored.by_worker
+            )
+        counts = owner.use_stateful_dataloader  # torchdata's loader counts the batches it gives
+        way = find_way(left, per_step, step, workers, reads_alone=owner.looks_ahead, counts=counts)
+        if way is None:
+            raise CheckpointError(
+                explain(
+                    f"The loader has num_workers={workers}, and {left.workers} when it was saved in the middle of a "
+                    f"pass: {type(self._nodes()[0]).__name__} may give its samples in another order.",
+                    accepted=f"num_workers={left.workers} until the pass ends",
+                    remedy="Make the loader as it was made for the save, or call set_epoch() to begin a pass anew.",
+                )
+            )
+        return way
+
+    def _leave_out(
+        self, batches: Iterator[Any], way: Way, trail: Trail, kept: int, restored: Place | None, strict: bool
+    ) -> None:
+        """Read the batches that come before the place, and see that the last of them is what it was."""
+        if not way.batches:
+            return
+        count = way.batches - 1
+        noted = (_noted(trail, batch) for batch in batches)
+        if kept and not way.starts:
+            self.opening = list(islice(noted, min(kept, count)))
+            count -= len(self.opening)
+        skip_with_progress(noted, count, "batches", strict=strict)
+        last = next(noted, None)
+        if last is None and strict:
+            skip_with_progress(iter(()), 1, "batches", strict=True)
+        if kept and not way.starts and len(self.opening) < kept and last is not None:
+            self.opening.append(last)
+        owner = self._owner
+        if restored is not None and restored.batch == trail.per_batch and owner.shard_index == 0:
+            check_same(restored.seen, last, self._nodes()[0], restored.done)
+        trail.begin()
 
     def _plain(self, reads: Iterator[Read]) -> Iterator[Any]:
         look = self._owner.adjust_state_dict_for_prefetch if self._owner.use_stateful_dataloader else None
@@ -253,18 +324,19 @@ class Reader:
                 look()  # before the next one is read
 
     def _watched(
-        self, batches: Iterator[Any], stream: PrivateStream | None, begin: int, per_step: int
+        self, batches: Iterator[Any], stream: PrivateStream | None, begin: int, trail: Trail
     ) -> Iterator[Read]:
         """Yield batches, and take the state of a dataset that can save its own now and then."""
-        snapshots: deque[dict[str, Any]] = deque(maxlen=2 + 2 * self._owner.reads_per_step // _SNAPSHOT_EVERY)
+        snapshots: deque[dict[str, Any]] = deque(maxlen=3 + 3 * self._owner.reads_per_step // _SNAPSHOT_EVERY)
         self._owner._mark.snapshots = snapshots
         dataset: Any = self._nodes()[0]
-        saves = stream is not None and _has_state(dataset) and self._owner.agreement is None
+        saves = stream is not None and has_state(dataset) and self._owner.agreement is None
         for number, batch in enumerate(batches, start=1):
             if saves and stream is not None and number % _SNAPSHOT_EVERY == 0:
-                now = {"done": begin + number * per_step, "dataset": dataset.state_dict(), "stream": stream.state()}
+                done = begin + number * trail.per_batch
+                now = {"done": done, "dataset": dataset.state_dict(), "stream": stream.state()}
                 snapshots.append(copy.deepcopy(now))
-            yield (batch.batch, batch.padding, False) if type(batch) is Counted else (batch, None, False)
+            yield _noted(trail, batch), batch.padding if type(batch) is Counted else None, False
 
     def _looking_ahead(self, reads: Iterator[Read]) -> Iterator[Read]:
         look = self._owner.adjust_state_dict_for_prefetch if self._owner.use_stateful_dataloader else None
@@ -284,12 +356,16 @@ class Reader:
         runtime = state.current_or_single()
         nodes = self._nodes()
         if pending is not None and pending.opening:
-            outer = Snapshot()
-            reopen(nodes, pending.opening)
+            outer, others = Snapshot(), capture(nodes, self._baseline)
+            reopen(nodes, pending.opening, self._baseline)
             try:
                 yield pending.opening
             finally:
                 outer.restore()
+                if (
+                    not self.iterable and self._source().is_drawn_first
+                ):  # what others drew since from a shared generator
+                    put_back(nodes, others, self._baseline)
             return
         kept = opening(nodes, self._baseline)
         if not shares:
@@ -322,55 +398,39 @@ class Reader:
         dataset, size = self._base.dataset, self._base.batch_size
         return dataset._plan().stride if isinstance(dataset, IterableDatasetShard) else size or 1
 
-    def _to_discard(self, begin: int, per_step: int, pending: Place | None) -> tuple[int, int | list[int]]:
-        """Return how many batches to read and leave out, or at which sample each worker process starts."""
-        workers = self._base.num_workers
-        reads = self._owner.reads_per_step
-        same = pending is not None and pending.workers == workers
-        if pending is None or pending is self._owner.replaces or (same and pending.per_step == per_step * reads):
-            return begin // per_step, 0
-        if same and self._owner.looks_ahead:  # rank 0 reads the same batches, whatever the number of ranks
-            return begin // per_step, 0
-        if workers == pending.workers == 0:
-            return 0, begin
-        if pending.workers != workers:
-            raise CheckpointError(
-                explain(
-                    f"The loader has num_workers={workers}, and {pending.workers} when it was saved in the middle of a "
-                    f"pass: {type(self._nodes()[0]).__name__} may give its samples in another order.",
-                    accepted=f"num_workers={pending.workers} until the pass ends",
-                    remedy="Make the loader as it was made for the save, or call set_epoch() to begin a pass anew.",
-                )
-            )
-        # Workers take turns, one batch each: the first ones are one batch ahead of the others.
-        rounds, more = divmod(begin // pending.per_step, workers)
-        return 0, [(rounds + (worker < more)) * pending.per_step for worker in range(workers)]
-
     @contextmanager
-    def _started_at(self, dataset: Any, start: int | list[int], strict: bool) -> Iterator[None]:
-        """Let an iterator that is made inside begin at a sample, and its batches say what of them is padding."""
-        base = self._base
+    def _started_at(
+        self, start: int | list[int], strict: bool, draws: tuple[tuple[int, int, int], int] | None
+    ) -> Iterator[None]:
+        """Let an iterator that is made inside begin at a sample.
+
+        Args:
+            start: Which, in this process or in each worker process.
+            strict: Refuse a dataset that ends before.
+            draws: What `collate_fn` draws from where this process calls it: seeds of the pass, and the first batch.
+        """
+        base, dataset = self._base, self._base.dataset
         sharded = isinstance(dataset, IterableDatasetShard)
-        if not sharded:
-            # The iterator keeps what it is made with; torch guards the attribute against plain assignment.
-            base.__dict__["dataset"] = Continued(dataset, start, strict) if start else dataset
-            collate = base.collate_fn
-            if self._owner.agreement is not None and base.batch_size is not None:
-                base.collate_fn = TopUp(collate, base.batch_size)
-            try:
-                yield
-            finally:
-                base.__dict__["dataset"] = dataset
-                base.collate_fn = collate
-            return
         collate = base.collate_fn
-        dataset.start, dataset.strict, base.collate_fn = start, strict, CountingCollate(collate)
+        given = collate if draws is None else SeededCollate(collate, *draws)
+        if self._owner.agreement is not None:
+            given = given if base.batch_size is None else TopUp(given, base.batch_size)
+        elif sharded or base.num_workers:
+            given = CountingCollate(given)
+        base.collate_fn = given
         try:
-            with dataset.telling():
+            if sharded:
+                dataset.start, dataset.strict = start, strict
+                with dataset.telling():
+                    yield
+            else:
+                # The iterator keeps what it is made with; torch guards the attribute against plain assignment.
+                base.__dict__["dataset"] = Continued(dataset, start, strict) if start else dataset
                 yield
         finally:
+            base.__dict__["dataset"] = dataset
             base.collate_fn = collate
-            if base.num_workers:  # the workers have copies
+            if sharded and base.num_workers:  # the workers have copies
                 dataset.start = 0
 
     # The state of a dataset that can save its own -----------------------------------------------------------------
@@ -378,12 +438,12 @@ class Reader:
     @property
     def saves_in_workers(self) -> bool:
         """Whether worker processes read a dataset that can save its own state."""
-        return self.iterable and self._base.num_workers > 0 and _has_state(self._base.dataset)
+        return self.iterable and self._base.num_workers > 0 and has_state(self._base.dataset)
 
     def _saves_itself(self) -> bool:
-        return _has_state(self._nodes()[0])
+        return has_state(self._nodes()[0])
 
-    def _return_to(self, snapshot: dict[str, Any], stream: PrivateStream, seed: int) -> int:
+    def _return_to(self, snapshot: dict[str, Any], stream: PrivateStream, seed: tuple[int, int, int]) -> int:
         """Set the dataset to a state of its own; return how many samples were read before that."""
         dataset: Any = self._base.dataset
         inner: Any = self._nodes()[0]
@@ -426,7 +486,7 @@ class Reader:
         """Return the loader's place, for `load_state`. The same on all ranks, but for dispatched loaders."""
         mark = self._owner._mark
         epoch, place, done = mark.now()
-        common = {"epoch": epoch, "ordinal": mark.ordinal, "has_workers": mark.has_workers}
+        common = {"epoch": epoch, "ordinal": mark.ordinal, "has_workers": mark.has_workers, "datasets": self._held()}
         if place is None:
             return {**common, "samplers": capture(self._nodes(), self._baseline)}
         if place is not mark.pending:
@@ -434,10 +494,41 @@ class Reader:
             if mark.feed is not None and self._owner.shard_index == 0 and mark.given and place.opening:
                 indices = mark.feed.recently((mark.given - 1) * self._owner.reads_per_step + 1)
                 check = None if indices is None else Check.of(done - place.per_step, indices)
-            fitting = [snapshot for snapshot in mark.snapshots if snapshot["done"] <= done]
+            place = self._with_trail(place)
+            # Before the last batch, which is compared when it is read again.
+            fitting = [snapshot for snapshot in mark.snapshots if snapshot["done"] <= done - place.per_step]
             snapshot = fitting[-1] if fitting else place.snapshot
-            place = replace(place, done=done, check=check, snapshot=snapshot, shards=self._own_shards())
+            now = capture(self._nodes(), self._baseline)
+            place = replace(place, done=done, check=check, snapshot=snapshot, shards=self._own_shards(), now=now)
         return {**common, "place": place.to_state()}
+
+    def _held(self) -> list[dict[str, Any]] | None:
+        """Return the generators that datasets with indices hold; say so where they are not those that are drawn from."""
+        if self.iterable:
+            return None
+        held = [kept["generators"] for kept in capture(self._datasets)]
+        if not any(held):
+            return None
+        if self._base.num_workers == 0 and not self._ahead:
+            return held
+        if not self._told:
+            self._told = True
+            name = next(type(node).__name__ for node, kept in zip(self._datasets, held, strict=True) if kept)
+            warnings.warn(
+                f"{name} holds a random generator of its own, which is drawn from ahead of the loop or in worker processes, "
+                "so that a checkpoint cannot hold where it is: after load_state it draws other numbers than in this run. Draw from the global generators "
+                "(random, numpy.random, torch) in the dataset: those are seeded for each batch.",
+                stacklevel=6,
+            )
+        return None
+
+    def _with_trail(self, place: Place) -> Place:
+        mark, owner = self._owner._mark, self._owner
+        if mark.trail is None or not mark.given:
+            return place
+        number = mark.given * owner.reads_per_step
+        seen = mark.trail.seen(number) if owner.shard_index == 0 else None
+        return replace(place, by_worker=mark.trail.by_worker(number), seen=seen)
 
     def load_state(self, saved: dict[str, Any]) -> None:
         """Let the next pass continue where `state` was called.
@@ -447,9 +538,12 @@ class Reader:
         """
         mark = self._owner._mark
         mark.place, mark.given, mark.finished, mark.pending = None, 0, False, None
+        mark.loads += 1
+        if saved.get("datasets") is not None and len(saved["datasets"]) == len(self._datasets):
+            put_back(self._datasets, [{"values": {}, "generators": kept} for kept in saved["datasets"]])
         mark.iteration, mark.ordinal, mark.has_workers = saved["epoch"], saved["ordinal"], saved["has_workers"]
         if "place" not in saved:
-            put_back(self._nodes(), saved["samplers"])
+            put_back(self._nodes(), saved["samplers"], self._baseline)
             return
         place = Place.from_state(saved["place"])
         if place.shards != self._own_shards():
@@ -464,8 +558,8 @@ class Reader:
             )
         if not self.iterable:
             self._check_size(place)
-        if place.opening:
-            put_back(self._nodes(), place.opening["samplers"])
+        if place.now is not None:
+            put_back(self._nodes(), place.now, self._baseline)
         mark.pending = place
 
     def _own_shards(self) -> int:

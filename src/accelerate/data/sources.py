@@ -190,6 +190,20 @@ def _counts_over_shards(dataset: Any) -> str | None:
     return None
 
 
+def has_state(dataset: Any) -> bool:
+    """Tell whether a dataset can save where it is, and all of it.
+
+    The state of a Hugging Face dataset that is shuffled leaves out what is in the buffer: it goes on without those.
+    """
+    stages, shuffled = [getattr(dataset, "_ex_iterable", None)], False
+    while stages:
+        stage = stages.pop()
+        if stage is not None:
+            shuffled = shuffled or type(stage).__name__.startswith("BufferShuffled")
+            stages += [getattr(stage, "ex_iterable", None), *getattr(stage, "ex_iterables", ())]
+    return not shuffled and all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
 # Webdataset ------------------------------------------------------------------------------------------------------------
 
 

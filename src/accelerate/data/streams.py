@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -66,29 +66,42 @@ class Snapshot:
         np.random.set_state(self.states["numpy"])
         torch.set_rng_state(self.states["torch"])
 
-    def seed(self, *parts: Any) -> int:
-        """Return a seed that depends on the state, and on `parts`."""
+    def seeds(self, *parts: Any) -> tuple[int, int, int]:
+        """Return seeds for Python, numpy and torch, each from its own state and `parts`.
+
+        So what is drawn from a generator that the script seeded does not depend on one that it did not.
+        """
         version, words, _ = self.states["python"]
-        digest = hashlib.blake2b(self.states["torch"].numpy().tobytes(), digest_size=16)
-        digest.update(repr((version, hash(words))).encode())
         name, keys, position, *_ = self.states["numpy"]
-        digest.update(repr((name, position)).encode() + np.asarray(keys).tobytes())
-        return derive(digest.digest(), *parts)
+        return (
+            _seed_of(repr((version, hash(words))).encode(), *parts),
+            _seed_of(repr((name, position)).encode() + np.asarray(keys).tobytes(), *parts),
+            self.torch_seed(*parts),
+        )
+
+    def torch_seed(self, *parts: Any) -> int:
+        """Return a seed that depends on torch's state, as those of torch's worker processes do, and on `parts`."""
+        return _seed_of(self.states["torch"].numpy().tobytes(), *parts)
+
+
+def _seed_of(state: bytes, *parts: Any) -> int:
+    return derive(hashlib.blake2b(state, digest_size=16).digest(), *parts)
 
 
 class PrivateStream:
     """A stream of random numbers that code draws from, inside `with`, in place of the global ones.
 
     Args:
-        seed: Where the stream begins.
+        seed: Where the stream begins; or three, for Python, numpy and torch.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int | tuple[int, int, int]) -> None:
+        python, of_numpy, of_torch = seed if isinstance(seed, tuple) else (seed, seed, seed)
         numpy = np.random.MT19937()
-        numpy._legacy_seeding(seed & 0xFFFFFFFF)  # as `seed_globals` does
+        numpy._legacy_seeding(of_numpy & 0xFFFFFFFF)  # as `seed_globals` does
         self._numpy = numpy
-        self._python = random.Random(seed).getstate()  # noqa: S311 - shuffling, not secrets
-        self._torch = torch.Generator().manual_seed(seed).get_state()
+        self._python = random.Random(python).getstate()  # noqa: S311 - shuffling, not secrets
+        self._torch = torch.Generator().manual_seed(of_torch).get_state()
 
     def __enter__(self) -> Self:
         outer = np.random.get_bit_generator()  # pyright: ignore[reportAttributeAccessIssue]
@@ -115,15 +128,35 @@ class PrivateStream:
         self._python, self._torch = state["python"], state["torch"]
         self._numpy.state = state["numpy"]
 
-    def has_moved_from(self, state: dict[str, Any]) -> bool:
-        """Tell whether anything was drawn since `state`."""
-        now, then = self._numpy.state["state"], state["numpy"]["state"]
-        return (
-            self._python != state["python"]
-            or not torch.equal(self._torch, state["torch"])
-            or now["pos"] != then["pos"]
-            or not np.array_equal(now["key"], then["key"])
-        )
+
+class Seeds:
+    """The global generators, inside `with`, seeded anew; afterwards they are what they were before.
+
+    Args:
+        seed: By what; or three, for Python, numpy and torch.
+    """
+
+    _numpy = np.random.MT19937(0)  # one for all: making one takes longer than all else here, and seeding it does not
+
+    def __init__(self, seed: int | tuple[int, int, int]) -> None:
+        self._seeds = seed if isinstance(seed, tuple) else (seed, seed, seed)
+
+    def __enter__(self) -> None:
+        outer = np.random.get_bit_generator()  # pyright: ignore[reportAttributeAccessIssue]
+        self._outer = random.getstate(), outer, torch.get_rng_state()
+        if outer is self._numpy:  # inside another one
+            self._numpy = np.random.MT19937(0)
+        np.random.set_bit_generator(self._numpy)  # pyright: ignore[reportAttributeAccessIssue]
+        python, of_numpy, of_torch = self._seeds
+        random.seed(python)
+        np.random.seed(of_numpy & 0xFFFFFFFF)
+        torch.default_generator.manual_seed(of_torch)
+
+    def __exit__(self, *_: object) -> None:
+        python, numpy, state = self._outer
+        random.setstate(python)
+        np.random.set_bit_generator(numpy)  # pyright: ignore[reportAttributeAccessIssue]
+        torch.set_rng_state(state)
 
 
 class Seeded:
@@ -133,17 +166,23 @@ class Seeded:
     out of its queue in the same process and thread that then reads the batch.
     """
 
-    def __init__(self, index: Any, seed: int) -> None:
+    def __init__(self, index: Any, seed: int, epoch: int | None = None) -> None:
         self.index = index
         self.seed = seed
+        self.epoch = epoch
+        """Which epoch to tell the worker's dataset, if any."""
 
-    def __reduce__(self) -> tuple[Any, tuple[Any, int]]:
-        return _arrive, (self.index, self.seed)
+    def __reduce__(self) -> tuple[Any, tuple[Any, int, int | None]]:
+        return _arrive, (self.index, self.seed, self.epoch)
 
 
-def _arrive(index: Any, seed: int) -> Any:
-    if torch.utils.data.get_worker_info() is not None:
+def _arrive(index: Any, seed: int, epoch: int | None) -> Any:
+    info = torch.utils.data.get_worker_info()
+    if info is not None:
         seed_globals(seed)
+        dataset: Any = info.dataset
+        if epoch is not None and hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(epoch)
     return index
 
 
@@ -160,48 +199,18 @@ def private(source: Iterator[Any], stream: PrivateStream) -> Iterator[Any]:
         yield item
 
 
-class SeededReads:
-    """The batches of a source that draws, for each of them, from a stream of its own.
-
-    A source that draws nothing for the first of them is left to the global generators from then on, which costs
-    nothing.
+def seeded_reads(source: Iterator[Any], base: int, number: int) -> Iterator[Any]:
+    """Yield the batches of a source that draws, for each of them, from a stream of its own.
 
     Args:
         source: Gives batches.
         base: The seed of the pass.
         number: Which batch of the pass comes first.
-        draws: Whether the source draws, where that is known from before.
-        tell: Told of it once it is known.
     """
-
-    def __init__(
-        self, source: Iterator[Any], base: int, number: int, draws: bool | None, tell: Callable[[bool], None]
-    ) -> None:
-        self._source, self._base, self._number = source, base, number
-        self._draws, self._tell = draws, tell
-
-    def __iter__(self) -> Iterator[Any]:
-        draws = self._draws
-        if draws is None:
-            stream = PrivateStream(numbered(self._base, self._number))
-            before = stream.state()
-            with stream:
-                item = next(self._source, _END)
-            draws = stream.has_moved_from(before)
-            self._tell(draws)
-            self._number += 1
-            if item is _END:
-                return
-            yield item
-        if not draws:
-            yield from self._source
+    while True:
+        with Seeds(numbered(base, number)):
+            item = next(source, _END)
+        if item is _END:
             return
-        stream = PrivateStream(0)
-        while True:
-            with stream:
-                seed_globals(numbered(self._base, self._number))
-                item = next(self._source, _END)
-            if item is _END:
-                return
-            self._number += 1
-            yield item
+        yield item
+        number += 1

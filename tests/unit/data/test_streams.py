@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 from accelerate.data.streams import (
     PrivateStream,
     Seeded,
-    SeededReads,
     Snapshot,
     derive,
     numbered,
     private,
     seed_globals,
+    seeded_reads,
 )
 
 
@@ -34,15 +34,17 @@ def test_a_snapshot_brings_all_three_generators_back():
     assert draw() == first
 
 
-def test_the_seed_of_a_snapshot_depends_on_each_generator_and_on_the_parts():
+def test_the_seeds_of_a_snapshot_depend_each_on_its_generator_and_on_the_parts():
     seed_globals(1)
-    seeds = {Snapshot().seed("a"), Snapshot().seed("b")}
-    for move in (random.random, np.random.rand, lambda: torch.rand(())):
+    first = Snapshot().seeds("a")
+    assert not set(first) & set(Snapshot().seeds("b"))
+    for number, move in enumerate((random.random, np.random.rand, lambda: torch.rand(()))):
+        before = Snapshot().seeds("a")
         move()
-        seeds.add(Snapshot().seed("a"))
-    assert len(seeds) == 5
+        after = Snapshot().seeds("a")
+        assert [place for place in range(3) if before[place] != after[place]] == [number]
     seed_globals(1)
-    assert Snapshot().seed("a") in seeds
+    assert Snapshot().seeds("a") == first
 
 
 def test_a_private_stream_takes_nothing_from_outside_and_goes_on_where_it_was():
@@ -107,39 +109,62 @@ def test_reads_are_private_and_each_follows_from_its_number_only():
     for first in (0, 2):
         log: list[Any] = []
         seed_globals(first)  # the global generators do not matter
-        before = Snapshot().seed()
-        told: list[bool] = []
-        source = reading([0, 1, 2, 3, 4], log)
-        assert list(SeededReads(source, 9, first, None, told.append)) == [0, 1, 2, 3, 4]
-        assert told == [True]
-        assert Snapshot().seed() == before
+        before = Snapshot().seeds()
+        assert list(seeded_reads(reading([0, 1, 2, 3, 4], log), 9, first)) == [0, 1, 2, 3, 4]
+        assert Snapshot().seeds() == before
         logs.append(log)
     assert logs[0][2:] == logs[1][:3]
     assert len(set(logs[0])) == 5
 
 
-def test_reads_that_draw_nothing_at_first_are_left_to_the_global_generators():
-    told: list[bool] = []
+def test_reads_that_draw_now_and_then_are_private_too():
+    before = Snapshot().seeds()
     log: list[Any] = []
-    before = Snapshot().seed()
-    list(SeededReads(reading([3], log), 9, 0, None, told.append))
-    assert told == [False]
-    assert Snapshot().seed() != before
-    known: list[Any] = []
-    seed_globals(1)
-    list(SeededReads(reading([3], known), 9, 0, True, told.append))
-    seed_globals(2)
+    list(seeded_reads(reading([3], log), 9, 0))
+    assert Snapshot().seeds() == before
     again: list[Any] = []
-    list(SeededReads(reading([3], again), 9, 0, True, told.append))
-    assert known == again
-    assert told == [False]
+    list(seeded_reads(reading([3], again), 9, 0))
+    assert log == again
+    list(seeded_reads(reading([3], other := []), 8, 0))
+    assert other != log
+
+
+def test_reads_inside_reads_are_their_own():
+    inside: list[Any] = []
+
+    def outer() -> Iterator[int]:
+        for number in range(3):
+            first = draw()
+            list(seeded_reads(reading([0], inside), 1, 0))
+            inside.append((first, draw()))
+            yield number
+
+    list(seeded_reads(outer(), 9, 0))
+    alone: list[Any] = []
+    for number in range(3):
+        with PrivateStream(numbered(9, number)):
+            alone.append((draw(), draw()))
+    assert [kept for kept in inside if kept is not None and type(kept[0]) is tuple] == alone
+
+
+def test_a_stream_of_a_generator_that_was_seeded_does_not_depend_on_the_others():
+    found = []
+    for other in (1, 2):
+        random.seed(other)
+        np.random.seed(other)
+        torch.manual_seed(5)
+        with PrivateStream(Snapshot().seeds("order")):
+            found.append(draw())
+    assert found[0][2] == found[1][2]
+    assert found[0][0] != found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_a_private_source_moves_nothing_outside():
-    before = Snapshot().seed()
+    before = Snapshot().seeds()
     log: list[Any] = []
     assert list(private(reading([0, 1, 4], log), PrivateStream(1))) == [0, 1, 2, 3, 4]
-    assert Snapshot().seed() == before
+    assert Snapshot().seeds() == before
 
 
 class Drawing(Dataset[Any]):
@@ -156,7 +181,7 @@ def test_an_index_seeds_the_worker_it_arrives_in():
     loader = DataLoader(Drawing(), batch_sampler=order, num_workers=2, collate_fn=lambda batch: batch[0])
     found = [numbers for _, numbers in loader]
     assert found[0] == found[1] != found[2] == found[3]
-    before = Snapshot().seed()
+    before = Snapshot().seeds()
     function, arguments = order[0].__reduce__()
     assert function(*arguments) == [0]
-    assert Snapshot().seed() == before, "in the main process nothing is seeded"
+    assert Snapshot().seeds() == before, "in the main process nothing is seeded"
