@@ -36,7 +36,7 @@ from .samplers import BatchSamplerShard, SkipBatchSampler
 from .shards import Padding
 from .sources import has_state
 from .streams import PrivateStream, Snapshot, derive, numbered, private, seed_globals, seeded_reads
-from .trail import Left, Trail, Way, check_same, find_way
+from .trail import Left, Trail, Way, another_batch, find_way
 
 _SNAPSHOT_EVERY = 16
 """How many batches lie between two states taken of a dataset that can save its own."""
@@ -211,10 +211,20 @@ class Reader:
             fetch = _MapDatasetFetcher(base.dataset, base.batch_sampler is not None, base.collate_fn, False)
             return fetch.fetch(indices)
 
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Put what decides the order back to what it is now."""
+        nodes = self._nodes()
+        before = capture(nodes, self._baseline)
+        try:
+            yield
+        finally:
+            put_back(nodes, before, self._baseline)
+
     def _fetch_opening(self, seed: tuple[int, int, int], count: int) -> list[Any]:
         """Read the first samples of a pass that begins later."""
         base: Any = self._base
-        with PrivateStream(seed):
+        with PrivateStream(seed), self._kept():
             samples = list(islice(iter(base.dataset), count))
             if base.batch_size is None:
                 return [base.collate_fn(sample) for sample in samples]
@@ -312,8 +322,14 @@ class Reader:
         if kept and not way.starts and len(self.opening) < kept and last is not None:
             self.opening.append(last)
         owner = self._owner
-        if restored is not None and restored.batch == trail.per_batch and owner.shard_index == 0:
-            check_same(restored.seen, last, self._nodes()[0], restored.done)
+        if restored is not None and restored.batch == trail.per_batch:
+            problem = (
+                another_batch(restored.seen, last, self._nodes()[0], restored.done) if owner.shard_index == 0 else None
+            )
+            if self._is_shared and not owner.looks_ahead:
+                problem = state.current_or_single().collectives.broadcast_object(problem)  # all refuse together
+            if problem is not None:
+                raise CheckpointError(problem)
         trail.begin()
 
     def _plain(self, reads: Iterator[Read]) -> Iterator[Any]:
@@ -448,7 +464,7 @@ class Reader:
         dataset: Any = self._base.dataset
         inner: Any = self._nodes()[0]
         if isinstance(dataset, IterableDatasetShard):
-            with PrivateStream(seed):
+            with PrivateStream(seed), self._kept():
                 dataset.read_opening()
         inner.load_state_dict(snapshot["dataset"])
         stream.load_state(snapshot["stream"])
@@ -506,7 +522,10 @@ class Reader:
         """Return the generators that datasets with indices hold; say so where they are not those that are drawn from."""
         if self.iterable:
             return None
-        held = [kept["generators"] for kept in capture(self._datasets)]
+        held = [
+            {name: value for name, value in kept.get("generators", {}).items() if value is not None}
+            for kept in capture(self._datasets)
+        ]
         if not any(held):
             return None
         if self._base.num_workers == 0 and not self._ahead:

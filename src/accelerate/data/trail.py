@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.errors import CheckpointError, explain
+from ..core.errors import explain
 from ..core.tree import tree_leaves
 
 _RECENT = 256
@@ -154,7 +154,7 @@ def _glimpse(leaf: Any) -> Any:
             return ["tensor", list(leaf.shape)]
         flat = leaf.detach().reshape(-1)
         few = flat[:: max(1, -(-len(flat) // _VALUES))].tolist()
-        return ["tensor", list(leaf.shape), *(repr(value) for value in few)]
+        return [str(leaf.dtype), list(leaf.shape), *(repr(value) for value in few)]
     if isinstance(leaf, np.ndarray):
         flat = leaf.reshape(-1)
         return [
@@ -179,20 +179,14 @@ def same(one: Any, other: Any) -> bool:
         return False
 
 
-def check_same(seen: list[Any] | None, found: Any, dataset: Any, done: int) -> None:
-    """Compare what was noted of the last batch before a place with what is found there now.
-
-    Raises:
-        CheckpointError: If it is another batch.
-    """
+def another_batch(seen: list[Any] | None, found: Any, dataset: Any, done: int) -> str | None:
+    """Return why a pass cannot go on if the batch before its place is not the one that was noted there."""
     if seen is None or same(seen, now := glimpse(found)):
-        return
-    raise CheckpointError(
-        explain(
-            f"{type(dataset).__name__} does not give the samples again that it gave before the checkpoint: the batch before "
-            f"sample {done} holds {now!r:.160}, and held {seen!r:.160}. Going on would repeat some samples and lose others.",
-            accepted="datasets whose order follows from the global random generators, from generators and numbers among "
-            "their attributes, from the epoch given to set_epoch(), or from their own state_dict() and load_state_dict()",
-            remedy="Shuffle from such a source, or call set_epoch() on the loader to begin a pass anew.",
-        )
+        return None
+    return explain(
+        f"{type(dataset).__name__} does not give the samples again that it gave before the checkpoint: the batch before "
+        f"sample {done} holds {now!r:.160}, and held {seen!r:.160}. Going on would repeat some samples and lose others.",
+        accepted="datasets whose order follows from the global random generators, from generators and numbers among "
+        "their attributes, from the epoch given to set_epoch(), or from their own state_dict() and load_state_dict()",
+        remedy="Shuffle from such a source, or call set_epoch() on the loader to begin a pass anew.",
     )

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from accelerate.data.sources import EveryNth, SourceKind, plan_source
+from accelerate import Accelerator
+from accelerate.data.sources import EveryNth, SourceKind, has_state, plan_source
 
 PLAIN, SPLIT, ALREADY = SourceKind.PLAIN, SourceKind.SPLIT, SourceKind.ALREADY
 
@@ -193,6 +194,28 @@ def test_shards_of_shuffled_datasets_follow_the_epoch() -> None:
         orders.append([ids(part) for part in parts])
         assert sorted(itertools.chain(*orders[-1])) == all_ids(6)
     assert orders[0] != orders[1]
+
+
+def test_the_state_of_a_shuffled_dataset_leaves_its_buffer_out_and_is_not_used() -> None:
+    assert has_state(hugging_face())
+    assert has_state(hugging_face().map(dict))
+    assert not has_state(hugging_face().shuffle(seed=3, buffer_size=4))
+    assert not has_state(hugging_face().shuffle(seed=3, buffer_size=4).map(dict))
+    assert not has_state(range(3))
+
+
+def test_a_shuffled_dataset_is_taken_up_where_it_was(tmp_path: Path) -> None:
+    dataset = hugging_face(20).shuffle(seed=3, buffer_size=8)
+
+    accelerator = Accelerator()
+    loader = accelerator.prepare(DataLoader(dataset, batch_size=2))
+    whole = []
+    for number, batch in enumerate(loader):
+        whole.append(batch["id"].tolist())
+        if number == 19:
+            accelerator.save_state(tmp_path / "state")
+    accelerator.load_state(tmp_path / "state")
+    assert [batch["id"].tolist() for batch in loader] == whole[20:]
 
 
 def test_datasets_split_by_node_are_never_shared_out_again() -> None:
