@@ -217,4 +217,32 @@ DIFFERENCES = [
             }
         },
     ),
+    Difference(
+        "short_last_window",
+        "a last window that is shorter than the others is divided by their length",
+        "is the mean over its batches",
+        "its gradient was too small, by whatever the length of the dataset left",
+        "tests/ranks/test_accumulation_ranks.py::test_a_short_last_window_is_a_mean_over_its_batches",
+    ),
+    Difference(
+        "windows_per_model",
+        "one counter of batches serves all models passed to accumulate()",
+        "each call's models have a window of their own",
+        "two models with calls of their own stepped every other time",
+        "tests/ranks/test_accumulation_ranks.py::test_two_models_step_in_windows_of_their_own",
+    ),
+    Difference(
+        "gradients_in_a_checkpoint",
+        "a save inside a window loses the gradients that were accumulated",
+        "keeps them",
+        "the first step after a resume missed batches",
+        "tests/ranks/test_accumulation_ranks.py::test_a_run_stopped_inside_a_window_goes_on_as_if_it_had_not",
+    ),
+    Difference(
+        "batch_size_finder_agrees",
+        "with find_executable_batch_size() each process tries sizes by itself",
+        "all try the same size, and a retry is told in a warning",
+        "one process alone that ran out of memory left the others waiting",
+        "tests/unit/runtime/test_memory.py::test_each_retry_is_told",
+    ),
 ]
