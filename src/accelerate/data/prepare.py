@@ -275,7 +275,8 @@ def _sharded_arguments(
             process_index=index,
             split_batches=split_batches,
         )
-        arguments["dataset"].spread = batches is not None
+        if batches is not None:
+            arguments["dataset"].spread, arguments["dataset"].multiple = True, batches.size
         if split_batches and size is not None:
             arguments["batch_size"] = size // count
         return arguments
@@ -318,6 +319,9 @@ def _dispatched_arguments(
         if "batch_sampler" in arguments:
             arguments["batch_sampler"] = whole = BatchSamplerShard(arguments["batch_sampler"])
             whole.spread, whole.multiple = True, batches.size
+        elif dataloader.drop_last:
+            arguments["dataset"] = IterableDatasetShard(arguments["dataset"], batches.batch_size, drop_last=True)
+            arguments["dataset"].multiple = batches.size
     return arguments
 
 

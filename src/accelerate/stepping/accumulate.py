@@ -126,7 +126,9 @@ class Windows:
         loader = state.active_dataloader
         plan = getattr(loader, "global_batch", None)  # loaders of others may be among the active ones
         before = window.place
-        if window.is_moved and plan is not None:
+        if plan is not None and before.is_last:
+            before = Place()  # the loader says how long a window is: what was counted in windows of another is no help
+        elif window.is_moved and plan is not None:
             before = self._place_among_samples(window, plan, steps)
         # Ranks that are done contribute nothing more, so what they have has to go with this step.
         ends = state.sync_with_dataloader and (
