@@ -167,3 +167,51 @@ def test_a_stream_that_is_read_ahead_goes_on_where_the_loop_was(before: int, aft
     begun = check(run_on_ranks(stateful, before, tmp_path, 9)[0])
     steps = begun + check(run_on_ranks(stateful, after, tmp_path, 0)[0])
     assert steps == [[float(number) for number in range(at, at + 16)] for at in range(0, 192, 16)] * 2
+
+
+# Data in shards -------------------------------------------------------------------------------------------------------
+
+
+class Shards(Stream):
+    """Two shards of different lengths that can be read apart."""
+
+    num_shards = 2
+
+    def __init__(self, count: int, shards: tuple[int, ...] = (0, 1)) -> None:
+        super().__init__(count)
+        self.shards = shards
+
+    def shard(self, num_shards: int, index: int) -> Shards:
+        return Shards(self.count, self.shards[index::num_shards])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        parts = (range(self.count // 4), range(self.count // 4, self.count))
+        return (torch.tensor([float(number)]) for shard in self.shards for number in parts[shard])
+
+
+def shards(dispatch: bool | None) -> list[Any]:
+    return run(DataLoader(Shards(40), batch_size=4), dispatch_batches=dispatch)
+
+
+@pytest.mark.parametrize("dispatch", [None, False])
+def test_data_in_shards_is_read_in_one_order_where_steps_are_to_be_the_same(dispatch: bool | None) -> None:
+    alone, together = (check(run_on_ranks(shards, ranks, dispatch)[0]) for ranks in (1, 2))
+    assert alone == together
+    assert [len(samples) for samples in alone] == [16, 16, 8] * 2
+
+
+class Own(Shards):
+    shards_itself = True
+
+
+def own_shares() -> str:
+    with pytest.raises(ValueError, match="global_batch_size=16") as caught:
+        run(DataLoader(Own(40), batch_size=4))
+    return str(caught.value)
+
+
+def test_data_that_knows_its_rank_is_refused_on_several_ranks() -> None:
+    for text in run_on_ranks(own_shares, 2):
+        assert "Own gives each its own (its attribute shards_itself is True)" in text
+    steps = check(run(DataLoader(Own(40), batch_size=4)))
+    assert [len(samples) for samples in steps] == [16, 16, 8] * 2, "alone it is like any other, to its short end"

@@ -261,7 +261,9 @@ class Reader:
         dataset: Any = self._nodes()[0]
         saves = stream is not None and _has_state(dataset) and self._owner.agreement is None
         shard: Any = self._base.dataset
-        held = shard.multiple if isinstance(shard, IterableDatasetShard) and shard.drop_last else 1  # read ahead at once
+        held = (
+            shard.multiple if isinstance(shard, IterableDatasetShard) and shard.drop_last else 1
+        )  # read ahead at once
         for number, batch in enumerate(batches, start=1):
             done = begin + number * per_step
             if saves and stream is not None and number % _SNAPSHOT_EVERY == 0 and done % held == 0:
