@@ -99,26 +99,12 @@ def prepare_data_loader(
         _check_prepared(dataloader, global_batch_size)
         return dataloader
     index, count = _data_shard(num_processes, process_index, torch_device_mesh)
-    whole = global_batch_size is not None or bool(dispatch_batches)
-    source = plan_source(dataloader.dataset, index, count, whole=whole)
-    one_order = count == 1 or not source.order or _is_same_on_all_ranks(source.order)
-    if not one_order and source.kind is SourceKind.SPLIT:
-        source = plan_source(dataloader.dataset, index, count, whole=True)
+    source, is_one_order = _source(dataloader.dataset, index, count, whole=bool(global_batch_size or dispatch_batches))
     dispatch = _chooses_dispatch(dataloader, dispatch_batches, put_on_device, source)
-    _check_order(dataloader, dispatch or one_order)
+    _check_order(dataloader, dispatch or is_one_order)
     _check_loader(dataloader, count)
-    if global_batch_size is not None and _resizable(dataloader) is not None:
-        _check_source(dataloader, source, global_batch_size, count)
     _check_uneven(dataloader, dispatch, dispatch_batches, even_batches or count == 1)
-    dataloader, batches = _in_global_batches(dataloader, global_batch_size, count)
-    lacks = global_batch_size if batches is None else None
-    if lacks is not None:
-        warnings.warn(
-            f"global_batch_size={lacks} (from DataLoaderConfiguration) cannot be kept by a loader whose batches have no "
-            "size that could be changed: this one stays as it is, and is for evaluation only. For training, make the "
-            "DataLoader with batch_size and a sampler in place of a batch sampler.",
-            stacklevel=2,
-        )
+    dataloader, batches, lacks = _in_global_batches(dataloader, source, global_batch_size, count)
     if use_seedable_sampler:
         _make_seedable(dataloader, data_seed)
     common = _common_arguments(dataloader, use_stateful_dataloader, non_blocking, torch_device_mesh)
@@ -132,12 +118,16 @@ def prepare_data_loader(
     common["device"] = device if put_on_device else None
     arguments = _sharded_arguments(dataloader, index, count, split_batches, even_batches, batches, source)
     prepared = DataLoaderShard(rng_types=rng_types, synchronized_generator=generator, **common, **arguments)
-    prepared.global_batch, prepared.lacks_global_batch = batches, lacks
-    prepared.prefetches = prefetch and put_on_device
+    prepared.global_batch, prepared.lacks_global_batch, prepared.prefetches = batches, lacks, prefetch and put_on_device
     if source.ragged and count > 1:
-        prepared.agreement = Agreement(drop_last=dataloader.drop_last)
-        prepared.shard_index, prepared.shard_count = index, count
+        _let_agree(prepared, index, count, dataloader.drop_last)
     return prepared
+
+
+def _let_agree(prepared: DataLoaderShard, index: int, count: int, drop_last: bool) -> None:
+    """Let ranks find out together that they are done."""
+    prepared.agreement = Agreement(drop_last=drop_last)
+    prepared.shard_index, prepared.shard_count = index, count
 
 
 def _chooses_dispatch(
@@ -178,8 +168,14 @@ def _check_prepared(dataloader: Any, global_batch_size: int | None) -> None:
         )
 
 
-def _is_same_on_all_ranks(order: str) -> bool:
-    return len(set(state.current_or_single().collectives.all_gather_object(order))) == 1
+def _source(dataset: Any, index: int, count: int, *, whole: bool) -> tuple[Source, bool]:
+    """Return what to read from, and whether all ranks read it in one order. Collective if it is shuffled by itself."""
+    source = plan_source(dataset, index, count, whole=whole)
+    if count == 1 or not source.order:
+        return source, True
+    if len(set(state.current_or_single().collectives.all_gather_object(source.order))) == 1:
+        return source, True
+    return plan_source(dataset, index, count, whole=True), False
 
 
 def _check_order(dataloader: DataLoader[Any], is_one: bool) -> None:
@@ -389,14 +385,23 @@ def _dispatched_arguments(
 
 
 def _in_global_batches(
-    dataloader: DataLoader[Any], size: int | None, count: int
-) -> tuple[DataLoader[Any], GlobalBatch | None]:
-    """Return a loader with batches that make up global ones of `size` samples, and how; as it is if it cannot."""
-    given = None if size is None else _resizable(dataloader)
-    if size is None or given is None:
-        return dataloader, None
+    dataloader: DataLoader[Any], source: Source, size: int | None, count: int
+) -> tuple[DataLoader[Any], GlobalBatch | None, int | None]:
+    """Return a loader with batches that make up global ones of `size` samples, how, and the size if it cannot."""
+    if size is None:
+        return dataloader, None, None
+    given = _resizable(dataloader)
+    if given is None:
+        warnings.warn(
+            f"global_batch_size={size} (from DataLoaderConfiguration) cannot be kept by a loader whose batches have no "
+            "size that could be changed: this one stays as it is, and is for evaluation only. For training, make the "
+            "DataLoader with batch_size and a sampler in place of a batch sampler.",
+            stacklevel=3,
+        )
+        return dataloader, None, size
+    _check_source(dataloader, source, size, count)
     batches = plan_global_batch(size, given, count)
-    return _resized(dataloader, batches.batch_size), batches
+    return _resized(dataloader, batches.batch_size), batches, None
 
 
 def _resizable(dataloader: DataLoader[Any]) -> int | None:

@@ -213,7 +213,7 @@ def _counts_over_shards(dataset: Any) -> str | None:
 
 def _order_of_examples(dataset: Any) -> str:
     """Return the generators that a Hugging Face dataset shuffles by: without a seed, each rank has others."""
-    found = [getattr(stage, "generator", None) for stage in _stages_of(dataset)]
+    found: list[Any] = [getattr(stage, "generator", None) for stage in _stages_of(dataset)]
     found.append(getattr(getattr(dataset, "_shuffling", None), "generator", None))  # before version 5
     return "".join(repr(one.bit_generator.state) for one in found if hasattr(one, "bit_generator"))
 
