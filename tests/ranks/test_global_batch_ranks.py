@@ -157,15 +157,18 @@ def test_streams_take_the_same_steps_on_any_number_of_ranks(workers: int, dispat
             assert sorted(sum(steps, [])) == sorted([*range(count)] * 2)
 
 
-def stateful(folder: Path, save_after: int) -> list[Any]:
+def stateful(folder: Path, save_after: int, dispatch: bool) -> list[Any]:
     loader = DataLoader(StatefulStream(200), batch_size=2, drop_last=True)
-    return run(loader, folder, save_after, dispatch_batches=False)
+    return run(loader, folder, save_after, dispatch_batches=dispatch)
 
 
+@pytest.mark.parametrize("dispatch", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (1, 2)])
-def test_a_stream_that_is_read_ahead_goes_on_where_the_loop_was(before: int, after: int, tmp_path: Path) -> None:
-    begun = check(run_on_ranks(stateful, before, tmp_path, 9)[0])
-    steps = begun + check(run_on_ranks(stateful, after, tmp_path, 0)[0])
+def test_a_stream_that_is_read_ahead_goes_on_where_the_loop_was(
+    before: int, after: int, dispatch: bool, tmp_path: Path
+) -> None:
+    begun = check(run_on_ranks(stateful, before, tmp_path, 9, dispatch)[0])
+    steps = begun + check(run_on_ranks(stateful, after, tmp_path, 0, dispatch)[0])
     assert steps == [[float(number) for number in range(at, at + 16)] for at in range(0, 192, 16)] * 2
 
 
