@@ -449,13 +449,12 @@ class Accelerator:
 
     @property
     def gradient_accumulation_steps(self) -> int:
-        """Number of batches for each optimizer step."""
-        return self.gradient_state.num_steps
+        """Number of batches for each optimizer step; a global batch size decides it, and refuses another."""
+        return self._session.accumulation_steps
 
     @gradient_accumulation_steps.setter
     def gradient_accumulation_steps(self, gradient_accumulation_steps: int) -> None:
-        steps = whole_number(gradient_accumulation_steps, "gradient_accumulation_steps")
-        self.gradient_state.plugin_kwargs.update(num_steps=steps)
+        self._session.accumulation_steps = whole_number(gradient_accumulation_steps, "gradient_accumulation_steps")
 
     def accumulate(self, *models: torch.nn.Module, num_steps: int | None = None) -> AbstractContextManager[Any]:
         """Return the region for one batch; at the end of each window gradients synchronise and optimizers step.

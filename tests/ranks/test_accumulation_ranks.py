@@ -292,7 +292,7 @@ class Shared:
         self.global_batch = GlobalBatch(GLOBAL, 2, GLOBAL // (2 * ranks), ranks)
         self.stride, self.begin_at = 2 * ranks, begin
         self.rows = torch.randn(count, 3, generator=torch.Generator().manual_seed(2))
-        self.end_of_dataloader, self.remainder, self.padding = False, count % self.stride, None
+        self.end_of_dataloader, self.padding = False, None
         self.left = 0
 
     def batches_ahead(self) -> int:
@@ -306,8 +306,7 @@ class Shared:
             self.end_of_dataloader = not self.left
             parts = step.tensor_split(self.global_batch.count)
             real = tuple(len(part) for part in parts)
-            # Where all get as many there is no padding to tell, even if they are few.
-            self.padding = Padding(tuple(max(1, size) for size in real), real) if len(set(real)) > 1 else None
+            self.padding = None if set(real) == {2} else Padding(tuple(max(1, size) for size in real), real)
             own = parts[self.shard_index]
             yield own if len(own) else self.rows[:1]  # one that gets nothing works on a sample of others
         self.state._remove_dataloader(self)

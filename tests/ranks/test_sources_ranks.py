@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.data.agreement import Agreement, AgreementError, TopUp
 from accelerate.data.sources import SourceKind, plan_source
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import gather_object
 
 from ..support.ranks import run_on_ranks
 
@@ -188,6 +193,74 @@ def test_padding_counts_data_shards_and_not_ranks() -> None:
     first, second, third = run_on_ranks(shared_by_ranks, 3)
     assert first == second == [([0], None, None, False), ([10], (1, 1), (1, 0), True)]
     assert third == [([1], None, None, False), ([1], (1, 1), (1, 0), True)]
+
+
+# Prepared ------------------------------------------------------------------------------------------------------------
+
+
+class Shuffled(Shards):
+    """Shuffled by a generator of its own, which it keeps where Hugging Face's streams do."""
+
+    def __init__(self, shards: list[list[int]], generator: np.random.Generator) -> None:
+        super().__init__(shards)
+        self.generator = generator
+        self._ex_iterable = SimpleNamespace(generator=generator)
+
+    def shard(self, num_shards: int, index: int) -> Shuffled:
+        order = copy.deepcopy(self.generator).permutation(len(self.shards))
+        return Shuffled([self.shards[place] for place in order[index::num_shards]], self.generator)
+
+    def __iter__(self) -> Iterator[int]:
+        samples = list(itertools.chain.from_iterable(self.shards))
+        return (samples[place] for place in copy.deepcopy(self.generator).permutation(len(samples)).tolist())
+
+
+def shuffled(seed: int | None, dispatch: bool | None) -> tuple[str, list[int]]:
+    dataset = Shuffled([[10 * shard + place for place in range(4)] for shard in range(6)], np.random.default_rng(seed))
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatch))
+    loader: Any = accelerator.prepare(DataLoader(dataset, batch_size=2))
+    found = [sample for batch in loader for sample in batch.tolist()]
+    return type(loader).__name__, gather_object(found)
+
+
+def refused_shuffle() -> str:
+    with pytest.raises(ValueError, match="shuffled by other seeds") as caught:
+        shuffled(None, False)
+    return str(caught.value)
+
+
+def test_shards_are_read_apart_only_where_all_ranks_shuffle_alike() -> None:
+    for seed, kind in ((3, "DataLoaderShard"), (None, "DataLoaderDispatcher")):
+        for name, samples in run_on_ranks(shuffled, 2, seed, None):
+            assert name == kind
+            assert sorted(samples) == [10 * shard + place for shard in range(6) for place in range(4)]
+    for text in run_on_ranks(refused_shuffle, 2):
+        assert text.startswith("Shuffled (of the loader) is shuffled by other seeds on each process")
+
+
+def split_at_the_source(size: int, itself: bool) -> list[int]:
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+    samples = [list(range(8)), list(range(8, 16))]
+    dataset = Own([samples[accelerator.process_index]]) if itself else Shards(samples)
+    loader: Any = accelerator.prepare(DataLoader(dataset, batch_size=size))
+    return [len(batch) for batch in loader]
+
+
+def refused_splits(itself: bool) -> list[str]:
+    found = []
+    for size in (5, 1):
+        with pytest.raises(ValueError, match=f"batch_size={size} .* does not divide by 2") as caught:
+            split_at_the_source(size, itself)
+        found.append(str(caught.value))
+    return found
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_batches_that_cannot_be_split_are_refused_at_the_source_too(itself: bool) -> None:
+    assert run_on_ranks(split_at_the_source, 2, 4, itself) == [[2, 2, 2, 2]] * 2
+    assert all(len(texts) == 2 for texts in run_on_ranks(refused_splits, 2, itself))
 
 
 # Failures --------------------------------------------------------------------------------------------------------------

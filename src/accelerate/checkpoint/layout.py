@@ -12,8 +12,9 @@ A checkpoint folder:
     optimizer.json, optimizer_1.json           one state: its structure as JSON ...
     optimizer.safetensors                      ... and its tensors, only if it has any
     scheduler.json, scaler.json                as above
-    sampler.json                               epoch and shuffle seed of each loader
-    dl_state_dict_rank0.json                   position inside a stateful loader, one per rank
+    sampler.json                               where the first loader is: epoch, place, and what its order is drawn from
+    sampler_1.json                             the same of the second one
+    dl_state_dict_rank0.json                   what a stateful loader's worker processes have read, one per rank
     random_states_0.json                       random generators, one per rank
     accumulation_rank0.json                    windows of accumulation and their gradients, one per rank; only if open
     custom_checkpoint_0.json                   registered objects, in order of registration

@@ -42,16 +42,21 @@ class Shares:
 
     handed_out: int
 
-    def padding(self, observed: int) -> Padding | None:
+    def padding(self, observed: int, full: int | None = None) -> Padding | None:
         """Return what is padding where `observed` of the rows handed out are samples, and come first.
 
+        Args:
+            observed: Rows that were read.
+            full: How many each shard gets in a full step, where that has to be known.
+
         Returns:
-            `None` if all shards have the same number of rows, all of them samples. Where the user's own slicing does
-            not let one tell, samples are -1 each.
+            `None` if all shards have the same number of rows, `full` where given, all of them samples. Where the user's
+            own slicing does not let one tell, samples are -1 each.
         """
         rows = self.rows
         if observed >= self.handed_out:
-            return None if len(set(rows)) == 1 or min(rows) < 0 else Padding(rows, rows)
+            alike = len(set(rows)) == 1 and full in (None, rows[0])
+            return None if alike or min(rows) < 0 else Padding(rows, rows)
         if sum(rows) != self.handed_out:
             return Padding(rows, (-1,) * len(rows))
         starts = [0, *accumulate(rows[:-1])]

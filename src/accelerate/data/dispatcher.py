@@ -31,7 +31,7 @@ from ..runtime.partial_state import PartialState
 from ..runtime.rng import synchronize_rng_states
 from ..runtime.state import Runtime
 from .agreement import settle_left
-from .cutting import Cut, Cutter, count_rows
+from .cutting import Cut, Cutter, Shares, count_rows
 from .loader import NOTHING, DataLoaderAdapter, DataLoaderStateMixin, known_batch_size, placement
 from .packing import Layout, allocate, pack, read_header, unpack
 from .position import Place
@@ -212,11 +212,18 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         while current is not NOTHING:
             self.adjust_state_dict_for_prefetch()
             following = next(batches, NOTHING)
-            rows = count_rows(current) if following is NOTHING else None
+            rows = count_rows(current) if following is NOTHING or self.global_batch is not None else None
             cut = None if self.slice_fn is None else cutter.cut([current])
             piece = current if cut is None else cut.pieces[0]
-            yield _Given(piece, LAST if following is NOTHING else SAME, -1 if rows is None else rows)
+            observed = -1 if rows is None else rows
+            padding = None if self.global_batch is None else Shares((observed,), observed).padding(observed, self._full)
+            yield _Given(piece, LAST if following is NOTHING else SAME, observed, padding)
             current = following
+
+    @property
+    def _full(self) -> int | None:
+        """How many rows a shard gets in a full step, where each step's have to be known."""
+        return None if self.global_batch is None else self.global_batch.batch_size
 
     def _serve(self, runtime: Runtime, shard_of: list[int], pending: Place | None) -> Iterator[_Given]:
         """Rank 0. See [Note: the protocol]."""
@@ -246,7 +253,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
                 break
             current.advance(next_comes, message.numel())
             piece = unpack(message, step.coming.layouts[own]) if received_here else cut.pieces[own]
-            yield _Given(piece, next_comes, cut.observed, cut.shares.padding(cut.observed))
+            yield _Given(piece, next_comes, cut.observed, cut.shares.padding(cut.observed, self._full))
             step = following
         current.next_comes = LAST
         if error is not None:
@@ -317,7 +324,8 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
             if next_comes == CLOSED:
                 raise out_of_step(rank, current.step, observed)
             current.advance(next_comes, size)
-            yield _Given(unpack(message, coming.layouts[rank]), next_comes, observed, coming.shares.padding(observed))
+            padding = coming.shares.padding(observed, self._full)
+            yield _Given(unpack(message, coming.layouts[rank]), next_comes, observed, padding)
 
     def _synchronize(self, pending: Place | None) -> None:
         # After rank 0 has begun to read: that draws random numbers which the other ranks do not. Where a place was

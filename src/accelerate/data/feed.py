@@ -331,8 +331,9 @@ def _deal(
     else:
         batches = items
     if plan.count == 1 and (plan.spread or plan.drop_last or not plan.even):
+        size = plan.batch_size if plan.spread and source.in_samples else None
         for batch in batches:
-            yield batch, None
+            yield batch, None if size is None or len(batch) == size else Padding((len(batch),), (len(batch),))
         return
     if opening and len(opening) < plan.count and not plan.split:
         # Fewer were read before than one round of this many shards: the rest of that round comes now.

@@ -29,28 +29,19 @@ class GlobalBatch:
     """Number of data shards; ranks that work on the same batch are one of them."""
 
 
-def plan_global_batch(size: int, given_batch_size: int | None, count: int) -> GlobalBatch:
+def plan_global_batch(size: int, given_batch_size: int, count: int) -> GlobalBatch:
     """Share `size` samples out among `count` shards, in batches as large as the loader's allows.
 
     Args:
         size: Samples in one optimizer step.
         given_batch_size: The batch size of the loader as the user made it. It says how many samples fit into memory
-            at once, so no batch is larger; `None` when batches have no fixed size.
+            at once, so no batch is larger.
         count: Number of data shards.
 
     Raises:
-        SettingError: (a `ValueError`) if `size` cannot be shared out evenly, or the loader's batches cannot be resized.
+        SettingError: (a `ValueError`) if `size` cannot be shared out evenly.
     """
     origin = f"global_batch_size={size} (from DataLoaderConfiguration)"
-    if given_batch_size is None:
-        raise SettingError(
-            explain(
-                f"{origin} needs a loader whose batches can be made smaller, and this one has no batch_size.",
-                accepted="a DataLoader made with batch_size=...",
-                remedy="Give the DataLoader a sampler in place of a batch sampler, or leave global_batch_size out and "
-                "choose gradient_accumulation_steps.",
-            )
-        )
     share, over = divmod(size, count)
     if over:
         near = [multiple for multiple in (size - over, size - over + count) if multiple > 0]

@@ -127,6 +127,8 @@ class IterableDatasetShard(IterableDataset):
         """At which sample of the dataset the next pass begins: in this process, or in each worker process."""
         self.spread = False
         """Share an incomplete last round out evenly, as a fixed global batch size needs."""
+        self.multiple = 1
+        """With `drop_last`, leave out what is not a whole multiple of so many samples: read that far ahead to know."""
         self.strict = False
         """Whether a dataset that ends before `start` is refused."""
         self._opening: list[Any] = []
@@ -141,6 +143,7 @@ class IterableDatasetShard(IterableDataset):
             split=self.split_batches,
             drop_last=self.drop_last,
             spread=self.spread,
+            multiple=self.multiple,
         ).check()
 
     def set_epoch(self, epoch: int) -> None:
@@ -179,10 +182,13 @@ class IterableDatasetShard(IterableDataset):
         plan = self._plan()
         mine = slice(plan.offset, plan.offset + plan.rows)
         samples = iter(self.dataset)
+        begin = start
         if start and not opening:
             opening = list(islice(samples, min(start, plan.stride)))
             start -= min(start, plan.stride) if opening else 0
         skip_with_progress(samples, start, "samples", strict=self.strict)
+        if plan.drop_last and plan.multiple > 1:
+            samples = _whole_multiples(samples, plan.multiple, begin)
         while block := list(islice(samples, plan.stride)):
             opening += block[: plan.stride - len(opening)]
             found = plan.padding(len(block))
@@ -197,6 +203,14 @@ class IterableDatasetShard(IterableDataset):
                 yield from (Marked(sample, found[1]) for sample in block[mine])
             else:
                 yield from block[mine]
+
+
+def _whole_multiples(samples: Iterator[Any], multiple: int, begin: int) -> Iterator[Any]:
+    """Yield samples from the `begin`-th on, but for those that come after the last whole multiple."""
+    wanted = multiple - begin % multiple
+    while len(held := list(islice(samples, wanted))) == wanted:
+        yield from held
+        wanted = multiple
 
 
 class Continued(IterableDataset[Any]):

@@ -244,6 +244,9 @@ class DataLoaderStateMixin:
     remainder = -1
     gradient_state: GradientState
     global_batch: Any = None
+    """How batches make up global ones, where their size is set."""
+    lacks_global_batch: int | None = None
+    """The global batch size that is set, where this loader's batches cannot make it up."""
     shard_index = 0
     """Which data shard this process reads."""
     shard_count = 1

@@ -16,6 +16,7 @@ from torch.utils.data import (
     DataLoader,
     DistributedSampler,
     IterableDataset,
+    IterDataPipe,
     RandomSampler,
     SequentialSampler,
 )
@@ -95,31 +96,38 @@ def prepare_data_loader(
         MissingPackage: (an `ImportError`) if torchdata is needed and absent.
     """
     if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
+        _check_prepared(dataloader, global_batch_size)
         return dataloader
     index, count = _data_shard(num_processes, process_index, torch_device_mesh)
-    source = plan_source(dataloader.dataset, index, count)
+    source, is_one_order = _source(dataloader.dataset, index, count, whole=bool(global_batch_size or dispatch_batches))
     dispatch = _chooses_dispatch(dataloader, dispatch_batches, put_on_device, source)
+    _check_order(dataloader, dispatch or is_one_order)
     _check_loader(dataloader, count)
     _check_uneven(dataloader, dispatch, dispatch_batches, even_batches or count == 1)
-    dataloader, batches = _in_global_batches(dataloader, global_batch_size, count)
+    dataloader, batches, lacks = _in_global_batches(dataloader, source, global_batch_size, count)
     if use_seedable_sampler:
         _make_seedable(dataloader, data_seed)
     common = _common_arguments(dataloader, use_stateful_dataloader, non_blocking, torch_device_mesh)
     if dispatch:
-        arguments = _dispatched_arguments(dataloader, rng_types, count, split_batches, batches)
+        arguments = _dispatched_arguments(dataloader, source, rng_types, count, split_batches, batches)
         dispatcher = DataLoaderDispatcher(slice_fn=slice_fn_for_dispatch, **common, **arguments)
         dispatcher.device, dispatcher.rng_types = device, _without_generator(rng_types)  # only rank 0 draws an order
-        dispatcher.global_batch = batches
+        dispatcher.global_batch, dispatcher.lacks_global_batch = batches, lacks
         return dispatcher
     generator, rng_types = _shared_generator(dataloader, rng_types, count, always=batches is not None)
     common["device"] = device if put_on_device else None
     arguments = _sharded_arguments(dataloader, index, count, split_batches, even_batches, batches, source)
     prepared = DataLoaderShard(rng_types=rng_types, synchronized_generator=generator, **common, **arguments)
-    prepared.global_batch, prepared.prefetches = batches, prefetch and put_on_device
+    prepared.global_batch, prepared.lacks_global_batch, prepared.prefetches = batches, lacks, prefetch and put_on_device
     if source.ragged and count > 1:
-        prepared.agreement = Agreement(drop_last=dataloader.drop_last)
-        prepared.shard_index, prepared.shard_count = index, count
+        _let_agree(prepared, index, count, dataloader.drop_last)
     return prepared
+
+
+def _let_agree(prepared: DataLoaderShard, index: int, count: int, drop_last: bool) -> None:
+    """Let ranks find out together that they are done."""
+    prepared.agreement = Agreement(drop_last=drop_last)
+    prepared.shard_index, prepared.shard_count = index, count
 
 
 def _chooses_dispatch(
@@ -145,6 +153,57 @@ def _chooses_dispatch(
             )
         )
     return dispatch_batches
+
+
+def _check_prepared(dataloader: Any, global_batch_size: int | None) -> None:
+    kept = None if dataloader.global_batch is None else dataloader.global_batch.size
+    if global_batch_size not in (None, kept):
+        raise SettingError(
+            explain(
+                f"global_batch_size={global_batch_size} (from DataLoaderConfiguration) cannot be kept by this "
+                f"{type(dataloader).__name__}, which prepare_data_loader has made with global_batch_size={kept}.",
+                accepted="a loader that is not prepared, or one with the same global_batch_size",
+                remedy="Pass the loader as you made it to accelerator.prepare().",
+            )
+        )
+
+
+def _source(dataset: Any, index: int, count: int, *, whole: bool) -> tuple[Source, bool]:
+    """Return what to read from, and whether all ranks read it in one order. Collective if it is shuffled by itself."""
+    source = plan_source(dataset, index, count, whole=whole)
+    if count == 1 or not source.order:
+        return source, True
+    if len(set(state.current_or_single().collectives.all_gather_object(source.order))) == 1:
+        return source, True
+    return plan_source(dataset, index, count, whole=True), False
+
+
+def _check_order(dataloader: DataLoader[Any], is_one: bool) -> None:
+    """Refuse what every rank would read in an order of its own, to take its rows of it."""
+    if not is_one:
+        raise SettingError(
+            explain(
+                f"{type(dataloader.dataset).__name__} (of the loader) is shuffled by other seeds on each process, and each "
+                "would take its share of another order: samples would be lost, and others come twice.",
+                accepted="datasets that are shuffled with the same seed on all processes, or that are dispatched",
+                remedy="Pass a seed to shuffle(), or leave dispatch_batches=False out.",
+            )
+        )
+
+
+def _check_source(dataloader: DataLoader[Any], source: Source, size: int, count: int) -> None:
+    """Refuse data of which each rank has its own where all ranks together take a fixed number of samples."""
+    # Torch looks for a filter in the dataset itself, to share it out over workers.
+    if source.kind is SourceKind.ALREADY and (count > 1 or isinstance(dataloader.dataset, IterDataPipe)):
+        raise UnsupportedCombination(
+            explain(
+                f"global_batch_size={size} (from DataLoaderConfiguration) needs the same samples in each step on any number "
+                f"of processes, and {type(dataloader.dataset).__name__} gives each its own ({source.reason}).",
+                accepted="datasets that give all samples on every process",
+                remedy="Leave the splitting to prepare, or leave global_batch_size out and choose "
+                "gradient_accumulation_steps.",
+            )
+        )
 
 
 def _check_loader(dataloader: DataLoader[Any], count: int) -> None:
@@ -256,15 +315,14 @@ def _sharded_arguments(
     batches: GlobalBatch | None,
     source: Source,
 ) -> dict[str, Any]:
-    arguments = loader_arguments(dataloader)
+    arguments = {**loader_arguments(dataloader), "dataset": source.dataset}
     if count == 1 and batches is None:
         return arguments
     if isinstance(dataloader.dataset, IterableDataset):
         size = dataloader.batch_size
-        if source.ragged:
-            arguments["dataset"] = source.dataset
-            if split_batches and size is not None:
-                arguments["batch_size"] = size // count
+        if source.ragged and batches is None:
+            if split_batches:
+                arguments["batch_size"] = ShardPlan(count=count, batch_size=size, split=True).check().rows
             return arguments
         arguments["dataset"] = IterableDatasetShard(
             source.dataset,
@@ -275,7 +333,8 @@ def _sharded_arguments(
             process_index=index,
             split_batches=split_batches,
         )
-        arguments["dataset"].spread = batches is not None
+        if batches is not None:
+            arguments["dataset"].spread, arguments["dataset"].multiple = True, batches.size
         if split_batches and size is not None:
             arguments["batch_size"] = size // count
         return arguments
@@ -304,6 +363,7 @@ def _common_arguments(dataloader: DataLoader[Any], stateful: bool, non_blocking:
 
 def _dispatched_arguments(
     dataloader: DataLoader[Any],
+    source: Source,
     rng_types: Sequence[str | RNGType] | None,
     count: int,
     split_batches: bool,
@@ -311,24 +371,37 @@ def _dispatched_arguments(
 ) -> dict[str, Any]:
     if split_batches:
         ShardPlan(count=count, batch_size=_batch_size(dataloader), split=True).check()
-    arguments = {"split_batches": split_batches, **loader_arguments(dataloader)}
+    arguments = {"split_batches": split_batches, **loader_arguments(dataloader), "dataset": source.dataset}
     if batches is not None:
         # Its order is the one that ranks would share, and it leaves out what they would.
         _shared_generator(dataloader, rng_types, 1, always=True)
         if "batch_sampler" in arguments:
             arguments["batch_sampler"] = whole = BatchSamplerShard(arguments["batch_sampler"])
             whole.spread, whole.multiple = True, batches.size
+        elif dataloader.drop_last:
+            arguments["dataset"] = IterableDatasetShard(arguments["dataset"], batches.batch_size, drop_last=True)
+            arguments["dataset"].multiple = batches.size
     return arguments
 
 
 def _in_global_batches(
-    dataloader: DataLoader[Any], size: int | None, count: int
-) -> tuple[DataLoader[Any], GlobalBatch | None]:
-    """Return a loader with batches that make up global ones of `size` samples, and how."""
+    dataloader: DataLoader[Any], source: Source, size: int | None, count: int
+) -> tuple[DataLoader[Any], GlobalBatch | None, int | None]:
+    """Return a loader with batches that make up global ones of `size` samples, how, and the size if it cannot."""
     if size is None:
-        return dataloader, None
-    batches = plan_global_batch(size, _resizable(dataloader), count)
-    return _resized(dataloader, batches.batch_size), batches
+        return dataloader, None, None
+    given = _resizable(dataloader)
+    if given is None:
+        warnings.warn(
+            f"global_batch_size={size} (from DataLoaderConfiguration) cannot be kept by a loader whose batches have no "
+            "size that could be changed: this one stays as it is, and is for evaluation only. For training, make the "
+            "DataLoader with batch_size and a sampler in place of a batch sampler.",
+            stacklevel=3,
+        )
+        return dataloader, None, size
+    _check_source(dataloader, source, size, count)
+    batches = plan_global_batch(size, given, count)
+    return _resized(dataloader, batches.batch_size), batches, None
 
 
 def _resizable(dataloader: DataLoader[Any]) -> int | None:

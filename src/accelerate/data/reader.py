@@ -347,9 +347,13 @@ class Reader:
         self._owner._mark.snapshots = snapshots
         dataset: Any = self._nodes()[0]
         saves = stream is not None and has_state(dataset) and self._owner.agreement is None
+        shard: Any = self._base.dataset
+        held = (
+            shard.multiple if isinstance(shard, IterableDatasetShard) and shard.drop_last else 1
+        )  # read ahead at once
         for number, batch in enumerate(batches, start=1):
-            if saves and stream is not None and number % _SNAPSHOT_EVERY == 0:
-                done = begin + number * trail.per_batch
+            done = begin + number * trail.per_batch
+            if saves and stream is not None and number % _SNAPSHOT_EVERY == 0 and done % held == 0:
                 now = {"done": done, "dataset": dataset.state_dict(), "stream": stream.state()}
                 snapshots.append(copy.deepcopy(now))
             yield _noted(trail, batch), batch.padding if type(batch) is Counted else None, False

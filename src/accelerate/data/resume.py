@@ -121,7 +121,7 @@ def _continue_for(skipping: Any, dataloader: Any) -> None:
     """Let a loader count its passes and places as those of the loader it was made from."""
     skipping._mark = dataloader._mark
     skipping.replaces = dataloader._mark.pending
-    skipping.global_batch = dataloader.global_batch
+    skipping.global_batch, skipping.lacks_global_batch = dataloader.global_batch, dataloader.lacks_global_batch
     if isinstance(dataloader, DataLoaderShard):
         skipping.prefetches = dataloader.prefetches
         skipping.shard_index, skipping.shard_count = dataloader.shard_index, dataloader.shard_count

@@ -46,7 +46,8 @@ def mesh_data_shard(axis_names: Sequence[str], shape: Sequence[int], coordinate:
 class Padding:
     """What the data shards get in one step, where that is not the same number of real samples for all.
 
-    Also given for a last step in which all get equally few.
+    Also given for a last step in which all get equally few, and where a global batch size is kept for any step that is
+    not full, on one shard too.
     """
 
     rows: tuple[int, ...]
@@ -181,7 +182,7 @@ class ShardPlan:
         else:
             real = [min(max(0, left - index * self.rows), self.rows) for index in range(self.count)]
             found = Padding((self.rows,) * self.count if self.even else tuple(real), tuple(real))
-        return (step, found) if self.count > 1 else None
+        return (step, found) if self.count > 1 or self.spread else None
 
     def _spread(self, left: int) -> list[int]:
         share, more = divmod(left, self.count)

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
 from types import FunctionType
 from typing import Any
+from uuid import uuid4
 
 from torch.utils.data import IterableDataset, IterDataPipe
 
@@ -51,13 +52,16 @@ class Source:
     reason: str = ""
     """Why this kind was chosen, for the log."""
 
+    order: str = ""
+    """What its samples are shuffled by, besides torch's generators. Shares of one order need the same on all ranks."""
+
     @property
     def ragged(self) -> bool:
         """Whether ranks may run out at different times, so that they have to agree on the end."""
         return self.kind is not SourceKind.PLAIN
 
 
-def plan_source(dataset: Any, index: int, count: int) -> Source:
+def plan_source(dataset: Any, index: int, count: int, *, whole: bool = False) -> Source:
     """Decide how one data shard reads a dataset. The dataset is left as it is.
 
     A dataset may say itself whether it gives each rank its own samples, with an attribute `shards_itself`: `True`
@@ -67,13 +71,17 @@ def plan_source(dataset: Any, index: int, count: int) -> Source:
         dataset: Any dataset.
         index: Which data shard, from 0 on.
         count: How many data shards there are. For 1 the source is the whole dataset, if it shares nothing out itself.
+        whole: Do not share it out at the source, although that may be possible.
 
     Raises:
-        SettingError: (a `ValueError`) if the dataset was split for another rank or number of ranks, or is of fewer
-            shards than there are ranks and can be read in no other way.
+        SettingError: (a `ValueError`) if the dataset was split for another rank or number of ranks, is of fewer shards
+            than there are ranks and can be read in no other way, or has stages of which it cannot be told whether they
+            share it out; or for a map-style one that says it shares itself out.
     """
     own = getattr(dataset, "shards_itself", None)
     if own is not None:
+        if own and count > 1 and not isinstance(dataset, IterableDataset):
+            raise _indexed_shares(dataset, count)
         if own:
             return Source(SourceKind.ALREADY, dataset, "its attribute shards_itself is True")
         return Source(SourceKind.PLAIN, dataset, "its attribute shards_itself is False")
@@ -85,8 +93,20 @@ def plan_source(dataset: Any, index: int, count: int) -> Source:
     if (why := _shares_itself(dataset)) is not None:
         return Source(SourceKind.ALREADY, dataset, why)
     if _is_a(dataset, "webdataset", "DataPipeline"):
-        return _plan_webdataset(dataset, index, count)
-    return _plan_sharded(dataset, index, count)
+        return _plan_webdataset(dataset, index, count, whole)
+    return _plan_sharded(dataset, index, count, whole)
+
+
+def _indexed_shares(dataset: Any, count: int) -> SettingError:
+    return SettingError(
+        explain(
+            f"{type(dataset).__name__} has shards_itself = True and is map-style: over {count} data shards, indices say "
+            "which samples are read, and each share of its own would be shared out again.",
+            accepted="shards_itself = True on iterable datasets, which end by agreement",
+            remedy="Make it an IterableDataset over this rank's samples, or give all ranks the whole dataset and leave "
+            "shards_itself out.",
+        )
+    )
 
 
 # Data that knows its rank ----------------------------------------------------------------------------------------------
@@ -150,8 +170,14 @@ def _check_share(dataset: Any, share: tuple[int, int], expected: tuple[int, int]
 # Data in shards --------------------------------------------------------------------------------------------------------
 
 
-def _plan_sharded(dataset: Any, index: int, count: int) -> Source:
+def _plan_sharded(dataset: Any, index: int, count: int, whole: bool) -> Source:
     """Plan what offers `shard(num_shards, index)` and `num_shards` or `n_shards`."""
+    order = _order_of_examples(dataset)
+    source = Source(SourceKind.PLAIN, dataset, "it is to be read whole") if whole else _shards_of(dataset, index, count)
+    return replace(source, order=order)
+
+
+def _shards_of(dataset: Any, index: int, count: int) -> Source:
     shards = next((found for name in ("num_shards", "n_shards") if (found := getattr(dataset, name, None))), None)
     if not isinstance(shards, int) or not callable(getattr(dataset, "shard", None)):
         return Source(SourceKind.PLAIN, dataset, "it is not known to come in shards")
@@ -176,17 +202,12 @@ def _counts_over_shards(dataset: Any) -> str | None:
     `take(5)` in two shards takes the first samples of each. What ends when one of several sources is exhausted ends
     elsewhere.
     """
-    stages = [getattr(dataset, "_ex_iterable", None)]
-    while stages:
-        stage = stages.pop()
-        if stage is None:
-            continue
+    for stage in _stages_of(dataset):
         # Only the one strategy that reads all there is, once.
         harmless = getattr(stage, "stopping_strategy", None) == "all_exhausted_without_replacement"
         name = next((kind.__name__ for kind in type(stage).__mro__ if kind.__name__ in _COUNTING), None)
         if name is not None and not harmless:
             return name.removesuffix("ExamplesIterable")
-        stages += [getattr(stage, "ex_iterable", None), *getattr(stage, "ex_iterables", ())]
     return None
 
 
@@ -195,13 +216,25 @@ def has_state(dataset: Any) -> bool:
 
     The state of a Hugging Face dataset that is shuffled leaves out what is in the buffer: it goes on without those.
     """
-    stages, shuffled = [getattr(dataset, "_ex_iterable", None)], False
+    shuffled = any(type(stage).__name__.startswith("BufferShuffled") for stage in _stages_of(dataset))
+    return not shuffled and all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
+
+
+def _order_of_examples(dataset: Any) -> str:
+    """Return the generators that a Hugging Face dataset shuffles by: without a seed, each rank has others."""
+    found: list[Any] = [getattr(stage, "generator", None) for stage in _stages_of(dataset)]
+    found.append(getattr(getattr(dataset, "_shuffling", None), "generator", None))  # before version 5
+    return "".join(repr(one.bit_generator.state) for one in found if hasattr(one, "bit_generator"))
+
+
+def _stages_of(dataset: Any) -> Iterator[Any]:
+    """Yield the stages of a Hugging Face dataset, from the last one on."""
+    stages = [getattr(dataset, "_ex_iterable", None)]
     while stages:
         stage = stages.pop()
         if stage is not None:
-            shuffled = shuffled or type(stage).__name__.startswith("BufferShuffled")
+            yield stage
             stages += [getattr(stage, "ex_iterable", None), *getattr(stage, "ex_iterables", ())]
-    return not shuffled and all(callable(getattr(dataset, name, None)) for name in ("state_dict", "load_state_dict"))
 
 
 # Webdataset ------------------------------------------------------------------------------------------------------------
@@ -220,26 +253,28 @@ class EveryNth:
 
 
 _NODE_STAGES = ("single_node_only", "split_by_node")
+_SHUFFLES = ("_shuffle", "detshuffle")
+_READERS = ("webdataset.tariterators", "webdataset.cache")
 
 
-def _plan_webdataset(dataset: Any, index: int, count: int) -> Source:
+def _plan_webdataset(dataset: Any, index: int, count: int, whole: bool) -> Source:
     """Share a pipeline out where it lists its shards, before anything that shuffles differently on each rank."""
     stages: list[Any] = list(dataset.pipeline)
-    own = [place for place, stage in enumerate(stages) if getattr(stage, "__name__", "") in _NODE_STAGES]
-    foreign = [
-        stage.__name__
-        for stage in stages
-        if isinstance(stage, FunctionType) and not str(stage.__module__).startswith("webdataset")
-    ]
-    if not own and (splits := [name for name in foreign if "node" in name or "rank" in name]):
-        return Source(SourceKind.ALREADY, dataset, f"its pipeline splits by node itself, in {splits[0]}")
+    names = [_origin(stage)[1] for stage in stages]
+    own = [place for place, name in enumerate(names) if name in _NODE_STAGES]
+    foreign = _foreign_stages(stages)
+    if not own and foreign and _is_a(dataset, "webdataset", "WebDataset"):
+        # It has such a stage, unless the user put this one in its place.
+        return Source(SourceKind.ALREADY, dataset, f"its nodesplitter is {foreign[0]}")
     without = [stage for place, stage in enumerate(stages) if place not in own]
-    if type(stages[0]).__name__ == "ResampledShards":
+    if names[0] == "ResampledShards":
         return Source(SourceKind.ALREADY, _with_stages(dataset, without), "each rank draws its own shards")
+    if not own and foreign and count > 1:
+        raise _unknown_stage(dataset, foreign[0])
     urls = getattr(stages[0], "urls", None)
-    if count == 1 or (not own and (urls is None or foreign)):
-        reason = "there is one data shard" if count == 1 else "where its pipeline lists shards cannot be told"
-        return Source(SourceKind.PLAIN, _with_stages(dataset, without), reason)
+    if count == 1 or whole or (not own and urls is None):
+        reason = "there is one data shard" if count == 1 else "it is to be read whole, or lists no shards"
+        return Source(SourceKind.PLAIN, _with_stages(dataset, without), reason, _order_of_pipeline(stages))
     if urls is not None and len(urls) < count:
         raise SettingError(
             explain(
@@ -248,8 +283,51 @@ def _plan_webdataset(dataset: Any, index: int, count: int) -> Source:
                 remedy="Write more and smaller shards, start fewer processes, or pass dispatch_batches=True.",
             )
         )
-    without.insert(own[0] if own else 1, EveryNth(index, count))
-    return Source(SourceKind.SPLIT, _with_stages(dataset, without), f"every {count}th of its shards")
+    shuffles = [place for place, name in enumerate(names) if name in _SHUFFLES]
+    without.insert(min([*own[:1], *shuffles]) if own else 1, EveryNth(index, count))
+    order = "" if (seed := getattr(stages[0], "seed", None)) is None else repr(seed)
+    return Source(SourceKind.SPLIT, _with_stages(dataset, without), f"every {count}th of its shards", order)
+
+
+def _origin(stage: Any) -> tuple[str, str]:
+    """Return the module and the name of what a stage runs."""
+    runs = getattr(stage, "f", stage)  # of a function that webdataset curried
+    named = runs if isinstance(runs, FunctionType) else type(runs)
+    return str(named.__module__), named.__name__
+
+
+def _foreign_stages(stages: list[Any]) -> list[str]:
+    """Name what is not webdataset's between the list of shards and the opening of them."""
+    found = []
+    for module, name in map(_origin, stages[1:]):
+        if module in _READERS:
+            break
+        if module.partition(".")[0] != "webdataset":
+            found.append(name)
+    return found
+
+
+def _order_of_pipeline(stages: list[Any]) -> str:
+    """Return the seeds that a pipeline shuffles by; the time and the process decide where there is none."""
+    found = [getattr(stages[0], "seed", None)]
+    for stage in stages:
+        if _origin(stage)[1] == "detshuffle":
+            found.append(stage.seed)
+        elif _origin(stage)[1] == "_shuffle":
+            seed = stage.kw.get("seed")
+            found.append(uuid4().hex if seed is None else seed)
+    return repr(found)
+
+
+def _unknown_stage(dataset: Any, name: str) -> SettingError:
+    return SettingError(
+        explain(
+            f"The pipeline of {type(dataset).__name__} passes its shards through {name}, which is not webdataset's own: "
+            "whether that gives each rank other shards cannot be told.",
+            accepted="a dataset that says so in its attribute shards_itself",
+            remedy=f"Set dataset.shards_itself = True if {name} depends on the rank, and False if it does not.",
+        )
+    )
 
 
 def _with_stages(dataset: Any, stages: list[Any]) -> Any:

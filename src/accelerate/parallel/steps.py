@@ -84,7 +84,7 @@ def shard_loaders(plan: ParallelPlan, job: Job) -> None:
 
 def _tell_global_batch(plan: ParallelPlan, loaders: list[Any]) -> None:
     """Say how a global batch comes about; of several loaders for the longest, which is the one for training."""
-    told = [(length_of_loader(loader), loader.global_batch) for loader in loaders]
+    told = [(length_of_loader(loader), loader.global_batch) for loader in loaders if loader.global_batch is not None]
     if told:
         length, batches = max(told, key=lambda one: one[0] or 0)
         print(describe(batches, batches=length, lr_unit="optimizer step"), file=sys.stderr, flush=True)

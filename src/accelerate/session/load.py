@@ -115,6 +115,8 @@ def load_state(
     if project.automatic_checkpoint_naming and number is not None:
         project.iteration = max(project.iteration, number + 1)
     step = choice.manifest.step if choice.manifest else rest.get("step", 0)
+    if windows is None and saved_ranks not in (None, runtime.process.world_size):
+        step = 0  # no window was open, and how many batches other ranks took for theirs says nothing here
     return Loaded(source, step, project.iteration, windows)
 
 

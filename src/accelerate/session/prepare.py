@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,6 +44,8 @@ def prepare_scheduler(session: Session, scheduler: Any) -> Any:
 
 
 def _sort(session: Session, objects: Sequence[Any], placement: Sequence[bool | None] | None) -> Job:
+    for item in objects:
+        _tell_foreign_loader(item)
     return sort(
         objects,
         placement,
@@ -52,6 +55,17 @@ def _sort(session: Session, objects: Sequence[Any], placement: Sequence[bool | N
         earlier_optimizers=session.optimizers,
         earlier_loaders=session.dataloaders,
     )
+
+
+def _tell_foreign_loader(item: Any) -> None:
+    """Say that a loader of a kind that is known, and is none of torch's, passes through as it is."""
+    if any(kind.__name__ == "WebLoader" and kind.__module__.startswith("webdataset") for kind in type(item).__mro__):
+        warnings.warn(
+            f"{type(item).__name__} is no torch DataLoader, and prepare gives it back as it is: its batches stay on the CPU, "
+            "and processes share nothing out and need not end together. Pass the dataset in a torch DataLoader: "
+            "DataLoader(dataset, batch_size=...), or batch_size=None for one that makes batches itself.",
+            stacklevel=5,
+        )
 
 
 def _run(session: Session, job: Job) -> Any:

@@ -13,15 +13,17 @@ from typing import Any
 
 import torch
 
-from ..core.errors import SettingError, explain
+from ..core.errors import SettingError, UnsupportedCombination, explain
 from ..parallel.base import Strategy
 from ..parallel.job import Job, is_marked
 from ..parallel.plan import ParallelPlan
 from ..parallel.unwrap import extract_model_from_parallel
+from ..runtime.accumulation import GradientState
 from ..settings.settings import Settings
 from ..stepping.accumulate import Windows
 from ..stepping.optimizer import AcceleratedOptimizer
 from ..stepping.scaling import LossScaling
+from ..stepping.schedule import length_of_loader
 
 
 class Session:
@@ -49,6 +51,29 @@ class Session:
         self.windows = Windows(
             plan.runtime, self.models, self.optimizers, self.scaling, no_sync=self._no_sync, inner=_inner
         )
+
+    @property
+    def accumulation_steps(self) -> int:
+        """Batches for each optimizer step; with a global batch size in the loop that runs, or over the longest loader."""
+        state = GradientState()
+        kept = [loader for loader in self.dataloaders if getattr(loader, "global_batch", None) is not None]
+        if not kept or getattr(state.active_dataloader, "global_batch", None) is not None:
+            return state.num_steps
+        return max(kept, key=lambda loader: length_of_loader(loader) or 0).global_batch.accumulation
+
+    @accumulation_steps.setter
+    def accumulation_steps(self, steps: int) -> None:
+        size = self.plan.settings.data.global_batch_size
+        if size is not None and steps != self.accumulation_steps:
+            raise UnsupportedCombination(
+                explain(
+                    f"gradient_accumulation_steps was set to {steps}, and global_batch_size={size} (from "
+                    f"DataLoaderConfiguration) decides it: {self.accumulation_steps}.",
+                    accepted="one of the two",
+                    remedy="Leave the assignment out, or choose another global_batch_size.",
+                )
+            )
+        GradientState().plugin_kwargs.update(num_steps=steps)
 
     def change(self, settings: Settings) -> None:
         """Take other settings from now on; what was prepared stays as it is."""

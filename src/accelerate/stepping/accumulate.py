@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..core.errors import SettingError, explain
 from ..runtime.accumulation import GradientState
 from ..runtime.state import Runtime
 from ..settings.arguments import whole_number
@@ -126,8 +127,12 @@ class Windows:
         loader = state.active_dataloader
         plan = getattr(loader, "global_batch", None)  # loaders of others may be among the active ones
         before = window.place
-        if window.is_moved and plan is not None:
+        if plan is not None and before.is_last:
+            before = Place()  # the loader says how long a window is: what was counted in windows of another is no help
+        elif window.is_moved and plan is not None:
             before = self._place_among_samples(window, plan, steps)
+        if plan is None:
+            _check_trains(loader)
         # Ranks that are done contribute nothing more, so what they have has to go with this step.
         ends = state.sync_with_dataloader and (
             state.end_of_dataloader or getattr(state.active_dataloader, "is_last_for_some", False)
@@ -182,6 +187,8 @@ class Windows:
     def backward(self, loss: torch.Tensor, num_items: Any = None, **kwargs: Any) -> None:
         """Bring a loss into the gradients; see `Accelerator.backward`."""
         window = self.current
+        if window is None:
+            _check_trains(self._state.active_dataloader)
         if window is not None:
             share = window.share() if num_items is None else self._share_of_items(window, num_items)
         elif num_items is None:
@@ -361,6 +368,21 @@ class Windows:
 
     def _index(self, model: Any) -> int:
         return next((index for index, item in enumerate(self._models) if item is model), -1)
+
+
+def _check_trains(loader: Any) -> None:
+    """Refuse to train on a loader that `prepare` said is for evaluation only."""
+    size = getattr(loader, "lacks_global_batch", None)
+    if size is not None:
+        raise SettingError(
+            explain(
+                f"global_batch_size={size} (from DataLoaderConfiguration), and the loop that runs, or was broken off last, is "
+                "over a loader whose batches cannot make it up: it is for evaluation only.",
+                accepted="training on DataLoaders made with batch_size",
+                remedy="Give the DataLoader a sampler in place of a batch sampler, or leave global_batch_size out and "
+                "choose gradient_accumulation_steps.",
+            )
+        )
 
 
 def _parameters_of(model: Any) -> Iterable[torch.Tensor]:

@@ -8,17 +8,17 @@ from typing import Any
 def samples_of_step(loader: Any, batch_size: int, shards: int) -> tuple[int, int]:
     """Return the real samples of this rank's batch, and of the batches of all shards in the same step.
 
+    A loader that keeps a global batch size gives a `Padding` with each step that is not full, on one shard too.
+
     Args:
         loader: A prepared loader in a pass.
         batch_size: Samples of a full batch of one shard.
         shards: Number of data shards.
     """
     padding = loader.padding
-    if padding is not None:
-        return padding.real[loader.shard_index], sum(padding.real)
-    # No padding means as many for each shard, which may be fewer than in a full batch when it is the last one.
-    everyone = loader.remainder if loader.end_of_dataloader and loader.remainder > 0 else batch_size * shards
-    return everyone // shards, everyone
+    if padding is None:
+        return batch_size, batch_size * shards
+    return padding.real[loader.shard_index], sum(padding.real)
 
 
 def filled_shards(loader: Any, shards: int) -> int:

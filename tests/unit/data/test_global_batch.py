@@ -66,11 +66,6 @@ def test_what_cannot_be_shared_names_the_nearest_sizes_that_can(size, count):
     assert all(plan_global_batch(near, 8, count) for near in named)
 
 
-def test_a_loader_without_batch_size_is_refused():
-    with pytest.raises(SettingError, match="no batch_size"):
-        plan_global_batch(64, None, 2)
-
-
 def test_other_ways_to_say_it_are_refused():
     check_combination(64, accumulation_steps=1, split_batches=False)
     with pytest.raises(UnsupportedCombination, match="gradient_accumulation_steps=4"):

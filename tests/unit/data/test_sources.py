@@ -96,6 +96,13 @@ def test_a_dataset_may_say_itself_that_it_shares_out() -> None:
     assert kind_of(dataset) is PLAIN
 
 
+def test_map_style_data_cannot_say_that_it_shares_itself_out() -> None:
+    mapped: Any = SimpleNamespace(shards_itself=True)
+    with pytest.raises(ValueError, match=r"SimpleNamespace has shards_itself = True and is map-style"):
+        plan_source(mapped, 0, 2)
+    assert kind_of(mapped, 0, 1) is ALREADY, "alone there is nothing to share out"
+
+
 # Known by their classes ------------------------------------------------------------------------------------------------
 
 
@@ -249,6 +256,21 @@ def test_stages_that_count_over_all_shards_are_read_whole() -> None:
     assert apart != sorted(ids(dataset.take(5)))
 
 
+def test_the_generators_of_shuffled_datasets_are_told() -> None:
+    def order(**options: Any) -> str:
+        return plan_source(hugging_face().shuffle(buffer_size=4, **options).map(None), 0, 2).order
+
+    assert plan_source(hugging_face(), 0, 2).order == ""
+    assert order(seed=3) == order(seed=3) != order(seed=4)
+    assert order() != order(), "each rank would have its own"
+    assert (
+        plan_source(hugging_face().shuffle(seed=3), 0, 4).order
+        == plan_source(hugging_face().shuffle(seed=3), 1, 4).order
+    )
+    whole = plan_source(hugging_face(), 0, 2, whole=True)
+    assert (whole.kind, ids(whole.dataset)) == (PLAIN, all_ids(6))
+
+
 def test_a_dataset_that_was_told_where_to_start_is_read_whole() -> None:
     dataset = hugging_face()
     dataset.load_state_dict(dataset.state_dict())
@@ -335,24 +357,63 @@ def test_webdataset_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert keys_of(source.dataset) == list(range(6))
 
 
-def my_nodesplitter(shards: Any) -> Any:
+def every_second(shards: Any) -> Any:
     return itertools.islice(shards, 0, None, 2)
-
-
-def my_stage(shards: Any) -> Any:
-    return shards
 
 
 def test_webdataset_that_splits_in_its_own_way_is_left_alone(tmp_path: Path) -> None:
     urls = tars(tmp_path, 4)
-    dataset = web(urls, nodesplitter=my_nodesplitter)
-    source = plan_source(dataset, 0, 2)
-    assert (source.kind, source.dataset) == (ALREADY, dataset)
-    assert "my_nodesplitter" in source.reason
-    dataset = web(urls, nodesplitter=my_stage)
-    source = plan_source(dataset, 0, 2)
-    assert (source.kind, source.dataset) == (PLAIN, dataset), "what the function does is not known"
+    for splitter, name in ((every_second, "every_second"), (EveryNth(0, 2), "EveryNth")):
+        dataset = web(urls, nodesplitter=splitter)
+        source = plan_source(dataset, 0, 2)
+        assert (source.kind, source.dataset) == (ALREADY, dataset), "whatever its name is"
+        assert name in source.reason
     assert kind_of(web(urls, resampled=True)) is ALREADY
+
+
+def pipeline(urls: list[str], *stages: Any, **options: Any) -> Any:
+    wds = pytest.importorskip("webdataset")
+    return wds.DataPipeline(wds.SimpleShardList(urls, **options), *stages, wds.tarfile_to_samples())
+
+
+def test_a_pipeline_with_an_unknown_stage_before_its_samples_has_to_say_what_that_does(tmp_path: Path) -> None:
+    dataset = pipeline(tars(tmp_path, 4), every_second)
+    with pytest.raises(ValueError, match="passes its shards through every_second") as caught:
+        plan_source(dataset, 0, 2)
+    assert "shards_itself = True if every_second depends on the rank" in str(caught.value)
+    assert kind_of(dataset, 0, 1) is PLAIN
+    dataset.shards_itself = True
+    assert kind_of(dataset) is ALREADY
+    later = dataset.pipeline[:1] + dataset.pipeline[2:] + [every_second]
+    assert kind_of(pytest.importorskip("webdataset").DataPipeline(*later)) is SPLIT, "samples are each rank's business"
+
+
+@leaves_files_open
+def test_a_pipeline_that_shuffles_before_it_splits_is_split_before_it_shuffles(tmp_path: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    urls = tars(tmp_path, 7)
+    for _ in range(3):  # the time seeds the shuffle
+        dataset = pipeline(urls, wds.shuffle(7), wds.split_by_node, wds.split_by_worker)
+        found = [keys_of(plan_source(dataset, index, 3).dataset) for index in range(3)]
+        assert sorted(itertools.chain(*found)) == list(range(13))
+
+
+def test_what_a_pipeline_is_shuffled_by_is_told_where_ranks_have_to_agree(tmp_path: Path) -> None:
+    wds = pytest.importorskip("webdataset")
+    urls = tars(tmp_path, 4)
+
+    def orders(*stages: Any, whole: bool = False, **options: Any) -> set[str]:
+        made = (pipeline(urls, *stages, wds.split_by_node, **options) for _ in range(2))
+        return {plan_source(dataset, 0, 2, whole=whole).order for dataset in made}
+
+    assert orders() == {""}
+    assert orders(wds.shuffle(4)) == {""}, "split before that"
+    assert orders(seed=3) == {"3"}
+    assert len(orders(seed=True)) == 2, "the time"
+    assert len(orders(wds.shuffle(4), whole=True)) == 2
+    assert len(orders(wds.shuffle(4, seed=0), whole=True)) == 1
+    assert orders(wds.detshuffle(4, seed=5), whole=True) == {"[None, 5]"}
+    assert plan_source(pipeline(urls, wds.split_by_node), 0, 2, whole=True).kind is PLAIN
 
 
 def test_webdataset_of_fewer_shards_than_ranks_is_refused(tmp_path: Path) -> None:

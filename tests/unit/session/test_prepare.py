@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
 from accelerate.core.errors import SettingError
-from accelerate.data_loader import DataLoaderShard
+from accelerate.data_loader import DataLoaderShard, prepare_data_loader
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.parallel.unwrap import is_compiled_module
 from accelerate.scheduler import AcceleratedScheduler
@@ -223,3 +225,59 @@ def test_a_with_block_ends_the_run_so_that_another_one_may_differ():
         accelerator.prepare(torch.nn.Linear(1, 1))
     assert accelerator._models == []
     assert Accelerator(cpu=True, mixed_precision="no").mixed_precision == "no"
+
+
+def test_a_loader_of_webdataset_is_told_that_it_passes_through():
+    kind = type("WebLoader", (), {"__module__": "webdataset.compat"})
+    loader = type("Mine", (kind,), {})()
+    with pytest.warns(UserWarning, match="Mine is no torch DataLoader, and prepare gives it back as it is"):
+        assert Accelerator(cpu=True).prepare(loader) is loader
+    other = type("WebLoader", (), {"__module__": "elsewhere"})()
+    assert Accelerator(cpu=True).prepare(other) is other
+
+
+# A global batch size --------------------------------------------------------------------------------------------------
+
+
+def with_global_batch():
+    return Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(global_batch_size=8))
+
+
+def test_accumulation_that_a_global_batch_size_decides_can_be_read_and_not_set():
+    accelerator = with_global_batch()
+    loader, shorter = accelerator.prepare(DataLoader(range(64), batch_size=2), DataLoader(range(8), batch_size=4))
+    assert accelerator.gradient_accumulation_steps == 4, "of the longest loader, which is the one for training"
+    for _ in shorter:
+        assert accelerator.gradient_accumulation_steps == 2
+    for steps in (1, 2):
+        with pytest.raises(ValueError, match=f"set to {steps}, and global_batch_size=8 .* decides it: 4"):
+            accelerator.gradient_accumulation_steps = steps
+    accelerator.gradient_accumulation_steps = 4
+    for _ in loader:
+        assert accelerator.gradient_accumulation_steps == 4
+
+
+def test_a_loader_that_was_prepared_without_the_global_batch_size_is_refused():
+    accelerator = with_global_batch()
+    made = prepare_data_loader(DataLoader(range(8), batch_size=2))
+    with pytest.raises(
+        ValueError, match=r"global_batch_size=8 .* this DataLoaderShard, .* with global_batch_size=None"
+    ):
+        accelerator.prepare(made)
+    same = prepare_data_loader(DataLoader(range(8), batch_size=2), global_batch_size=8)
+    assert accelerator.prepare(same) is same
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_loader_that_cannot_keep_the_global_batch_size_evaluates_only(inside):
+    accelerator = with_global_batch()
+    model, rows = torch.nn.Linear(1, 1), torch.ones(6, 1)
+    with pytest.warns(UserWarning, match="global_batch_size=8 .* is for evaluation only"):
+        model, loader = accelerator.prepare(model, DataLoader(rows, batch_sampler=[[0, 1], [2], [3, 4, 5]]))
+    assert [len(batch) for batch in loader] == [2, 1, 3]
+    assert loader.global_batch is None
+    for number, batch in enumerate(skip_first_batches(loader, 1) if inside else loader):
+        with pytest.raises(ValueError, match="global_batch_size=8 .* for evaluation only"):  # noqa: PT012 - either of them
+            with accelerator.accumulate(model) if inside else contextlib.nullcontext():
+                accelerator.backward(model(batch).mean())
+    assert number

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate import Accelerator
-from accelerate.data_loader import DataLoaderShard
+from accelerate.data.prepare import prepare_data_loader
 from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
 
 
@@ -396,20 +396,13 @@ def test_scaled_gradients_are_as_large_with_items_as_without():
 # Global batches -------------------------------------------------------------------------------------------------------
 
 
-class Plan:
-    size, batch_size, accumulation, count = 8, 2, 4, 1
-
-
-def with_plan(accelerator, rows, batch_size=2):
-    loader = accelerator.prepare(DataLoader(rows, batch_size=batch_size))
-    assert isinstance(loader, DataLoaderShard)
-    object.__setattr__(loader, "global_batch", Plan())
-    return loader
+def with_plan(rows):
+    return prepare_data_loader(DataLoader(rows, batch_size=2), global_batch_size=8)
 
 
 def test_a_loader_with_a_global_batch_size_says_how_many_batches_a_window_has():
     accelerator, model, optimizer = prepared()
-    loader = with_plan(accelerator, samples(8))
+    loader = with_plan(samples(8))
     assert accelerator.gradient_accumulation_steps == 1
     seen = []
     for rows in loader:
@@ -424,7 +417,7 @@ def test_a_loader_with_a_global_batch_size_says_how_many_batches_a_window_has():
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 9, 13, 15, 16])
 def test_the_last_batches_count_by_their_samples(count):
     accelerator, model, optimizer = prepared()
-    found = train(accelerator, model, optimizer, with_plan(accelerator, samples(count)))
+    found = train(accelerator, model, optimizer, with_plan(samples(count)))
     expected = [of_one_batch(model, rows) for rows in samples(count).split(8)]
     assert all(close(one, other) for one, other in zip(found, expected, strict=True))
 
