@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from operator import index
 from typing import Any
 
 import torch
@@ -97,7 +98,12 @@ def count_items(num_items: Any) -> int:
         SettingError: (a `ValueError`) for a negative or a broken number.
     """
     value = num_items.item() if isinstance(num_items, torch.Tensor) and num_items.numel() == 1 else num_items
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (bool, float)):
+        try:
+            value = index(value)  # an integer of numpy is one too
+        except TypeError:
+            value = None
+    if value is None or isinstance(value, bool):
         raise WrongTypeError(
             explain(
                 f"backward(num_items={num_items!r:.60}) has type {type(num_items).__name__}.",

@@ -6,6 +6,7 @@ import copy
 import gc
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -265,6 +266,16 @@ def masked(model, rows):
     return (model(torch.cat([rows, torch.ones(1, 3)])).square().squeeze(-1) * mask).sum() / mask.sum()
 
 
+@pytest.mark.parametrize("given", [np.int64(4), np.array([3, 1]).sum(), np.array(4), torch.tensor(4.0), 4.0])
+def test_integers_of_other_libraries_are_numbers_of_items(given):
+    accelerator, model, _ = prepared(gradient_accumulation_steps=2)
+    parts = samples(6).split([4, 2])
+    for rows, count in zip(parts, (given, 2), strict=True):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(rows).square().mean(), num_items=count)
+    assert close(gradients(model), of_one_batch(model, samples(6)))
+
+
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0)])
 def test_a_batch_without_items_adds_exact_zeros_wherever_it_comes(sizes):
     accelerator, model, _ = prepared(gradient_accumulation_steps=2)
@@ -360,6 +371,8 @@ def test_a_window_without_regions_is_counted_in_one_way_too():
         (torch.tensor(0.5), ValueError),
         (torch.tensor([1, 2]), TypeError),
         (True, TypeError),
+        (np.bool_(True), TypeError),
+        (np.float64(2.5), ValueError),
         ("3", TypeError),
     ],
 )
