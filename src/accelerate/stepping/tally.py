@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..core.errors import SettingError, WrongTypeError, explain
+from .calls import Calls
 from .window import Place, Share, share_of
 
 BATCHES, SAMPLES, ITEMS = "batches", "samples", "items"
@@ -31,6 +32,9 @@ class Window:
         self.place = Place()
         self.is_moved = False
         """Whether other ranks began this window than go on with it."""
+        self.calls = Calls()
+        self.used = self.began = 0
+        """When it had its last batch, and when its first, on a clock that all windows share."""
         self.restart()
 
     def restart(self) -> None:
@@ -81,6 +85,11 @@ class Window:
         return share_of(
             own, self.reference, self.total / shards if place.is_last else self.reference or full * place.length
         )
+
+    def share_of_steps(self, num_steps: int) -> Share:
+        """Return how a loss joins where nobody says how many batches there will be: divided by the number of steps."""
+        self.enter(BATCHES)
+        return Share(num_steps, num_steps)
 
 
 def _reference(model: Any) -> Callable[[], Any]:
