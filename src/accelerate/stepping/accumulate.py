@@ -137,9 +137,10 @@ class Windows:
         if plan is not None and num_steps is None and steps > 1 and not is_first:
             refuse_parts(plan)
         ends = state.sync_with_dataloader and window.calls.ends(is_first, not before.is_last, self._is_at_end(), steps)
-        # Asked for where a window begins only: a loader may have to look it up.
-        ahead = state.batches_ahead if before.is_last and state.sync_with_dataloader else None
-        place = next_place(before, steps, ends=ends, ahead=window.calls.ahead(ahead))
+        # Asked for where a longer window begins only: a loader may have to look it up.
+        asks = before.is_last and steps > 1 and state.sync_with_dataloader
+        ahead = window.calls.ahead(state.batches_ahead) if asks else None
+        place = next_place(before, steps, ends=ends, ahead=ahead)
         window.calls.is_cut = ends and (before.step + 1) % steps != 0
         region = Region(self, window, self._stay_local(models, place))
         window.place = place
