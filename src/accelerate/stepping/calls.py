@@ -12,6 +12,7 @@ told.
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from ..core.errors import SettingError, explain
 
@@ -38,8 +39,8 @@ class Calls:
         self.is_cut = False
         """Whether the call that was counted last has ended a window before it was full."""
         self._restored = before
-        self._by_loader: dict[int, int] = {}
-        self._batch: tuple[int, int] | None = None
+        self._by_loader: dict[Any, int] = {}
+        self._batch: tuple[Any, int] | None = None
         self._due = 0
         """How many calls the last batch of a loader was to have, while it has fewer."""
 
@@ -48,11 +49,11 @@ class Calls:
         """How many calls a batch has, as far as is known."""
         return max(self.before or self._restored or 1, self.number)
 
-    def count(self, batch: tuple[int, int] | None) -> bool:
+    def count(self, batch: tuple[Any, int] | None) -> bool:
         """Count a call; return whether it is the first in this batch.
 
         Args:
-            batch: The loader's identity and the number of its batch; `None` is always another one.
+            batch: A reference to the loader and the number of its batch; `None` is always another one.
         """
         if batch is not None and batch == self._batch:
             self.number += 1

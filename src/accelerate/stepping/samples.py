@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, NoReturn
 
 from ..core.errors import SettingError, explain
@@ -29,10 +30,11 @@ def filled_shards(loader: Any, shards: int) -> int:
     return shards if padding is None else sum(1 for real in padding.real if real)
 
 
-def batch_of(loader: Any) -> tuple[int, int] | None:
+def batch_of(loader: Any) -> tuple[Any, int] | None:
     """Return what tells the batch a loader has just given from all others; `None` if it does not count them."""
     given = getattr(loader, "steps_given", None)
-    return None if given is None else (id(loader), given)
+    # A reference, since another loader may get the identity of one that is gone.
+    return None if given is None else (weakref.ref(loader), given)
 
 
 def refuse_loop(plan: Any, number: int) -> NoReturn:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
+from accelerate.stepping.samples import batch_of
 from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
 
 
@@ -668,6 +669,19 @@ def test_an_only_batch_in_parts_is_told():
     with pytest.raises(ValueError, match="the batch before had none") as caught:
         parts(4)
     assert "GradientAccumulationPlugin(num_steps=4, sync_with_dataloader=False)" in str(caught.value)
+
+
+def test_a_loader_that_is_gone_is_not_taken_for_another_one():
+    class Loader:
+        steps_given = 1
+
+    known = []
+    for _ in range(20):  # some of them get the identity of one before
+        loader = Loader()
+        assert batch_of(loader) == batch_of(loader)
+        assert batch_of(loader) not in known
+        known.append(batch_of(loader))
+        del loader
 
 
 def test_a_last_batch_of_fewer_parts_is_told_when_the_next_pass_begins():
