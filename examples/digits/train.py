@@ -34,12 +34,14 @@ def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -
     for epoch in range(train_loader.position.epoch, min(epochs, stop)):
         model.train()
         for images, labels, ids in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(model(images), labels)
-            accelerator.backward(loss)
-            accelerator.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            scheduler.step()
+            with accelerator.accumulate(model):
+                loss = nn.functional.cross_entropy(model(images), labels)
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
             consumed.add(accelerator.gather_for_metrics(ids))
             if accelerator.check_trigger():  # some process was asked to end
                 accelerator.save_state(folder / "checkpoint")

@@ -32,12 +32,12 @@ def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -
     for epoch in range(start, min(epochs, stop)):
         model.train()
         for images, labels, ids in tqdm(train_loader, desc=f"epoch {epoch}", leave=False):
-            optimizer.zero_grad()
             loss = nn.functional.cross_entropy(model(images), labels)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
+            optimizer.zero_grad()
             consumed.add(ids)
         accuracy, count = evaluate(model, test_loader)
         print(f"epoch {epoch}: accuracy {accuracy:.2%} on {count} samples")

@@ -39,6 +39,16 @@ def test_the_first_run_works_on_two_processes(tmp_path):
     assert printed.count("epoch 4: loss") == 1
 
 
+def test_the_first_run_with_a_global_batch_size_gives_the_same_weights_on_one_process_and_on_two(tmp_path):
+    *_, ours = blocks("docs/tutorials/first-run.md")
+    printed = [
+        run(ours, tmp_path, *launcher)
+        for launcher in ([], ["-m", "accelerate", "launch", "--cpu", "--num_processes", "2"])
+    ]
+    assert printed[0].count("norm of the weights") == 5
+    assert printed[0] == printed[1]
+
+
 @pytest.mark.parametrize("number", range(4))
 def test_examples_of_accumulation_run_on_one_process_and_on_two(number, tmp_path):
     examples = blocks("docs/explain/accumulation.md")

@@ -245,4 +245,25 @@ DIFFERENCES = [
         "one process alone that ran out of memory left the others waiting",
         "tests/unit/runtime/test_memory.py::test_each_retry_is_told",
     ),
+    Difference(
+        "metric_is_one_step",
+        "scheduler.step(metric) is repeated for each process",
+        "is one step",
+        "a metric that improves looked like one that stands still, and the rate fell",
+        "tests/unit/stepping/test_schedule.py::test_schedules_of_epochs",
+    ),
+    Difference(
+        "region_in_a_region",
+        "with accumulate(a), accumulate(b): counts each batch twice, so windows are half as long",
+        "raises, unless each window is one batch",
+        "gradients were those of other batches than meant",
+        "tests/unit/stepping/test_accumulate.py::test_one_region_at_a_time",
+    ),
+    Difference(
+        "parts_of_the_last_batch",
+        "called several times in the last batch of a loader, accumulate() ends a window each time",
+        "ends one the last time, which is as many as in the batch before; raises or warns where that was wrong",
+        "the optimizer stepped with parts of a window",
+        "tests/unit/stepping/test_accumulate.py::test_only_the_last_region_in_the_last_batch_ends_a_window_early",
+    ),
 ]

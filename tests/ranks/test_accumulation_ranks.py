@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,33 @@ class Rows(IterableDataset[torch.Tensor]):
         return iter(self.rows)
 
 
+def by_the_flag(begin: int, end: int, folder: Path) -> Gradients:
+    """Take batches `begin` to `end` of a window of 4 without a region, as `one_window` does with one."""
+    accelerator, model, _ = setup(gradient_accumulation_steps=STEPS)
+    if begin:
+        accelerator.load_state(folder)
+    for number in range(begin, end):
+        accelerator.sync_gradients = number == STEPS - 1
+        with nullcontext() if accelerator.sync_gradients else accelerator.no_sync(model):
+            accelerator.backward(mean(model, noise(accelerator.process_index, number)))
+    if not begin:
+        accelerator.save_state(folder)
+    return gradients(model)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
+def test_other_ranks_finish_a_window_without_regions(before: int, after: int, tmp_path: Path) -> None:
+    run_on_ranks(by_the_flag, before, 0, 2, tmp_path / "state")
+    halves = [
+        [noise(rank, number) for number in numbers for rank in range(ranks)]
+        for ranks, numbers in ((before, (0, 1)), (after, (2, 3)))
+    ]
+    each = [by_hand([[[rows] for rows in half]])[0] for half in halves]
+    expected = [(one + other) / 2 for one, other in zip(*each, strict=True)]
+    for found in run_on_ranks(by_the_flag, after, 2, STEPS, tmp_path / "state"):
+        assert worst([found], [expected]) < 1e-6
+
+
 @pytest.mark.parametrize("world_size", RANKS)
 @pytest.mark.parametrize("streamed", [False, True], ids=["known", "streamed"])
 def test_a_short_last_window_is_a_mean_over_its_batches(world_size: int, streamed: bool) -> None:
@@ -412,6 +440,31 @@ def test_other_ranks_finish_a_global_batch(
         else:
             assert "saved 2 samples into a global batch of 16" in told[0]
             assert "the first optimizer step takes 18 samples" in told[0]
+
+
+def without_regions(count: int) -> list[Gradients] | str:
+    """The plain loop over a loader with a global batch size."""
+    accelerator, model, optimizer = setup()
+    found = []
+    for rows in Shared(accelerator, count):
+        try:
+            accelerator.backward(mean(model, rows))
+        except ValueError as error:
+            return str(error)
+        found.append(gradients(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("count", [16, 19, 30])
+def test_a_plain_loop_keeps_a_global_batch_or_says_that_it_does_not(count: int) -> None:
+    """Eight ranks take the 16 samples at once, two of them in four batches each."""
+    rows = torch.randn(count, 3, generator=torch.Generator().manual_seed(2))
+    for text in run_on_ranks(without_regions, 2, count):
+        assert "4 batches of 2 on each of 2 processes. The optimizer would step after 1." in text
+    for found in run_on_ranks(without_regions, 8, count):
+        assert worst(found, by_hand([[[part]] for part in rows.split(GLOBAL)])) < 1e-6
 
 
 # Several models -------------------------------------------------------------------------------------------------------

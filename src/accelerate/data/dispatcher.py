@@ -32,7 +32,7 @@ from ..runtime.rng import synchronize_rng_states
 from ..runtime.state import Runtime
 from .agreement import settle_left
 from .cutting import Cut, Cutter, Shares, count_rows
-from .loader import NOTHING, DataLoaderAdapter, DataLoaderStateMixin, known_batch_size, placement
+from .loader import NOTHING, DataLoaderAdapter, DataLoaderStateMixin, placement
 from .packing import Layout, allocate, pack, read_header, unpack
 from .position import Place
 from .protocol import (
@@ -49,6 +49,7 @@ from .protocol import (
     dispatch_error,
     out_of_step,
 )
+from .samplers import known_batch_size
 from .shards import Padding, mesh_data_shard
 
 

@@ -29,15 +29,17 @@ from ..runtime.rng import synchronize_rng_states
 from .agreement import Agreement, settle_left
 from .position import Bookmark, Place, Position
 from .prefetch import prefetched
-from .reader import FedLoader, Reader, shard_of
+from .reader import FedLoader, Reader
 from .samplers import (
     BatchSamplerShard,
     SeedableRandomSampler,
     SkipBatchSampler,
+    known_batch_size,
     num_samples_of,
 )
 from .shards import Padding
 from .stateful import make_stateful_loader
+from .under import shard_of
 
 NOTHING = object()
 """What a source without a further batch gives; `None` is a batch like any other."""
@@ -557,23 +559,6 @@ def _steps_of(saved: dict[str, Any]) -> int:
     if "_num_yielded" in saved:
         return saved["_num_yielded"]
     return saved["_snapshot"]["_snapshot_step"] + saved["_steps_since_snapshot"]
-
-
-def known_batch_size(size: int | None, sampler: Any) -> int:
-    """Return `size`, unless it is not known.
-
-    Raises:
-        SettingError: (a `ValueError`) if batches have no fixed size.
-    """
-    if size is None:
-        raise SettingError(
-            explain(
-                f"total_batch_size is not known: {type(sampler).__name__} (from the loader) has no batch_size.",
-                accepted="batch samplers with an integer attribute batch_size",
-                remedy="Give the batch sampler a batch_size, or count the samples of each batch.",
-            )
-        )
-    return size
 
 
 def _source_of_batches(sampler: Any) -> tuple[Any, int]:

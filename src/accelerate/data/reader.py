@@ -23,7 +23,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data._utils.fetch import _MapDatasetFetcher
 
 from ..core.errors import CheckpointError, explain
@@ -32,11 +32,11 @@ from .agreement import TopUp
 from .feed import Check, Feed, Source, source_of
 from .iterables import Continued, Counted, CountingCollate, IterableDatasetShard, SeededCollate, skip_with_progress
 from .position import Place, capture, opening, plain_values, put_back, reopen
-from .samplers import BatchSamplerShard, SkipBatchSampler
 from .shards import Padding
 from .sources import has_state
 from .streams import PrivateStream, Snapshot, derive, numbered, private, seed_globals, seeded_reads
 from .trail import Left, Trail, Way, another_batch, find_way
+from .under import Own, datasets_under
 
 _SNAPSHOT_EVERY = 16
 """How many batches lie between two states taken of a dataset that can save its own."""
@@ -55,16 +55,6 @@ class FedLoader(DataLoader[Any]):
         return super()._index_sampler if self.feed is None else self.feed  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def shard_of(dataset: Any, sampler: Any) -> tuple[int, int]:
-    """Return which data shard a loader over these reads, and of how many."""
-    while type(sampler) is SkipBatchSampler:
-        sampler = sampler.batch_sampler
-    for holder in (dataset, sampler):
-        if isinstance(holder, (IterableDatasetShard, BatchSamplerShard)):
-            return holder.process_index, holder.num_processes
-    return 0, 1
-
-
 def _noted(trail: Trail, batch: Any) -> Any:
     """Take note of a batch that was read; return what the loop gets of it."""
     if type(batch) is not Counted:
@@ -73,30 +63,6 @@ def _noted(trail: Trail, batch: Any) -> Any:
     samples = trail.per_batch if batch.padding is None else sum(batch.padding.real)
     trail.note(batch.batch, batch.worker, samples)
     return batch.batch
-
-
-def _datasets(dataset: Any) -> list[Any]:
-    """Return a dataset, without shares, and those that it reads from, as far as attributes tell."""
-    while isinstance(dataset, IterableDatasetShard):
-        dataset = dataset.dataset
-    found: list[Any] = []
-    waiting = [dataset]
-    while waiting:
-        node = waiting.pop(0)
-        if any(node is known for known in found):
-            continue
-        found.append(node)
-        for value in getattr(node, "__dict__", {}).values():
-            inner = value if isinstance(value, (list, tuple)) else [value]
-            waiting += [item for item in inner if isinstance(item, Dataset)]
-    return found
-
-
-class _Own:
-    """The generator that a loader was given, in the shape of a sampler's."""
-
-    def __init__(self, generator: torch.Generator | None) -> None:
-        self.generator = generator
 
 
 class Reader:
@@ -114,7 +80,7 @@ class Reader:
         feed: Feed | None = getattr(base, "feed", None)
         self.feed = Feed(base) if feed is None or feed.loader is not base else feed  # a copy shares its loader's
         base.feed = self.feed  # pyright: ignore[reportAttributeAccessIssue]
-        self._datasets = _datasets(base.dataset)  # once: a pass may make more of them
+        self._datasets = datasets_under(base.dataset)  # once: a pass may make more of them
         self._told = self._ahead = False
         self._baseline = [plain_values(node) for node in self._nodes()]
         self.opening: list[Any] = []
@@ -136,13 +102,13 @@ class Reader:
     def _nodes(self) -> list[Any]:
         """Return everything that decides the order, from the bottom up."""
         if self.iterable:
-            return [*self._datasets, _Own(self._base.generator)]
+            return [*self._datasets, Own(self._base.generator)]
         nodes, node = [], self._source().batches
         while node is not None:
             nodes.append(node)
             below = getattr(node, "batch_sampler", None)
             node = getattr(node, "sampler", None) if below is None else below
-        return [*reversed(nodes), _Own(self._base.generator)]
+        return [*reversed(nodes), Own(self._base.generator)]
 
     # Reading ------------------------------------------------------------------------------------------------------
 

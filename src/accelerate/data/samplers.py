@@ -296,3 +296,20 @@ def _shortcuts_hold() -> bool:
     torch.empty(998, dtype=torch.uint8).random_(generator=skipped)
     states = [generator.get_state() for generator in (wide, narrow, skipped)]
     return same and torch.equal(states[0], states[1]) and torch.equal(states[0], states[2])
+
+
+def known_batch_size(size: int | None, sampler: Any) -> int:
+    """Return `size`, unless it is not known.
+
+    Raises:
+        SettingError: (a `ValueError`) if batches have no fixed size.
+    """
+    if size is None:
+        raise SettingError(
+            explain(
+                f"total_batch_size is not known: {type(sampler).__name__} (from the loader) has no batch_size.",
+                accepted="batch samplers with an integer attribute batch_size",
+                remedy="Give the batch sampler a batch_size, or count the samples of each batch.",
+            )
+        )
+    return size

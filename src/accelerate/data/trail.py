@@ -150,7 +150,7 @@ def glimpse(batch: Any) -> list[Any]:
 
 def _glimpse(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
-        if leaf.layout is not torch.strided or leaf.device.type != "cpu":
+        if leaf.layout is not torch.strided or not leaf.is_cpu:  # looking at others would wait for the device
             return ["tensor", list(leaf.shape)]
         flat = leaf.detach().reshape(-1)
         few = flat[:: max(1, -(-len(flat) // _VALUES))].tolist()

@@ -11,11 +11,12 @@ from typing import Any
 from ..core.seam import seam
 from ..data.global_batch import check_combination, describe
 from ..data.prepare import prepare_data_loader
+from ..runtime.accumulation import GradientState
 from ..stepping.optimizer import AcceleratedOptimizer
 from ..stepping.schedule import Pass, length_of_loader, pass_over
-from ..stepping.scheduler import AcceleratedScheduler
+from ..stepping.scheduler import AcceleratedScheduler, own_optimizer
 from .compile import compile_model
-from .job import Job, Slot
+from .job import Job
 from .plan import ParallelPlan
 from .unwrap import extract_model_from_parallel, is_compiled_module
 
@@ -55,7 +56,7 @@ def shard_loaders(plan: ParallelPlan, job: Job) -> None:
     if data.global_batch_size is not None:
         check_combination(
             data.global_batch_size,
-            accumulation_steps=plan.settings.accumulation.num_steps or 1,
+            accumulation_steps=_accumulation_steps(),
             split_batches=data.split_batches,
         )
     prepare = seam("accelerate.data_loader", "prepare_data_loader", prepare_data_loader)
@@ -93,11 +94,11 @@ def _tell_global_batch(plan: ParallelPlan, loaders: list[Any]) -> None:
 def wrap_schedulers(plan: ParallelPlan, job: Job) -> None:
     """Let schedulers follow their optimizer, in the unit that the settings say or imply."""
     shards = _schedule_shards(plan)
-    optimizers = [*job.earlier_optimizers, *(slot.result for slot in job.optimizers)]
+    known = [*job.earlier_optimizers, *(slot.result for slot in job.optimizers)]
     for slot in job.fresh(job.schedulers):
         slot.result = AcceleratedScheduler(
             slot.result,
-            _optimizers_of(slot, optimizers),
+            own_optimizer(slot.result, known) or job.earlier_optimizers,  # which grows: it may be prepared later
             step_with_optimizer=plan.settings.step_scheduler_with_optimizer,
             split_batches=plan.settings.data.split_batches,
             shards=shards,
@@ -113,7 +114,7 @@ def _schedule_shards(plan: ParallelPlan) -> int:
 
 def _longest_pass(plan: ParallelPlan, job: Job, shards: int) -> Pass | None:
     """Return the optimizer steps of a pass over the longest loader there is, which is the one for training."""
-    steps = plan.settings.accumulation.num_steps or 1
+    steps = _accumulation_steps()
     given = {id(slot.result): slot.given for slot in job.fresh(job.loaders)}
     found = [
         pass_over(loader, shards, steps, length_of_loader(given.get(id(loader))))
@@ -122,7 +123,6 @@ def _longest_pass(plan: ParallelPlan, job: Job, shards: int) -> Pass | None:
     return max((one for one in found if one is not None), key=lambda one: one.alone, default=None)
 
 
-def _optimizers_of(slot: Slot, optimizers: list[AcceleratedOptimizer]) -> list[AcceleratedOptimizer]:
-    wanted = getattr(slot.given, "optimizer", None)
-    own = [item for item in optimizers if wanted is item or wanted is getattr(item, "optimizer", None)]
-    return own[:1] or optimizers
+def _accumulation_steps() -> int:
+    # Not the plan's, since `accelerator.gradient_accumulation_steps` can be set; nor a loader's, which may be running.
+    return GradientState().plugin_kwargs.get("num_steps", 1)

@@ -233,8 +233,10 @@ def _check_options(propose: Any, probe: Any, accelerator: Any, keep_global_batch
 
 
 def _refuse_batch_size(function: Callable[..., Any], args: Sequence[Any]) -> None:
-    parameters = list(inspect.signature(function).parameters)
-    if len(parameters) >= len(args) + 1:
+    by_place = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    taken = inspect.signature(function).parameters.values()
+    parameters = [parameter.name for parameter in taken if parameter.kind in by_place]
+    if len(parameters) >= len(args) + 1 or any(parameter.kind is parameter.VAR_POSITIONAL for parameter in taken):
         return
     call = ", ".join(f"{name}={value!r:.40}" for name, value in zip(parameters[1:], args[1:], strict=False))
     raise WrongTypeError(

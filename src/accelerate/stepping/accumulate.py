@@ -4,9 +4,10 @@ Owns which window a batch belongs to, and brings its loss into the gradients wit
 works out. When gradients are reduced is the strategy's business; when optimizers step, the optimizers'.
 
 [Note: outside a region]
-Code that sets `sync_gradients` by hand calls `backward` outside of `accumulate`. Its losses are divided by the number
-of steps and nothing else, as ever. With `num_items` a window then goes on until a `backward` while gradients
-synchronise; where they always do, each `backward` is a window.
+Code that sets `sync_gradients` by hand calls `backward` outside of `accumulate`. How many batches its windows will have
+nobody says, so its losses are divided by the number of steps, as ever; with `num_items`, or over a loader with a global
+batch size, they are weighted as in a region. A window goes on until a `backward` while gradients synchronise; where they
+always do, each `backward` is a window.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ from ..core.errors import SettingError, explain
 from ..runtime.accumulation import GradientState
 from ..runtime.state import Runtime
 from ..settings.arguments import whole_number
+from .calls import Calls
 from .gradients import left_out, pack, put_back, rescale
-from .samples import samples_of_step
+from .reach import everything, reached
+from .samples import batch_of, refuse_loop, refuse_parts, samples_of_step
 from .scaling import LossScaling
-from .tally import BATCHES, ITEMS, Window, count_items
+from .tally import ITEMS, Window, count_items
 from .window import Place, Share, next_place, share_of
 
 _NOTHING = nullcontext()
@@ -44,7 +47,10 @@ class Region:
         self._before: Window | None = None
 
     def __enter__(self) -> None:
-        self._before, self._windows.current = self._windows.current, self._window
+        before = self._windows.current
+        if before is not None:
+            _check_nested(before, self._window)
+        self._before, self._windows.current = before, self._window
         self._inner.__enter__()
 
     def __exit__(
@@ -94,6 +100,7 @@ class Windows:
         self._outside = Window()
         self._last: Window | None = None
         self._first_step = 0
+        self._clock = 0
         self.current: Window | None = None
         """The window of the region that runs."""
 
@@ -122,36 +129,57 @@ class Windows:
         state = self._state
         steps = state.num_steps if num_steps is None else whole_number(num_steps, "num_steps (in accumulate)")
         window = self._find(models)
-        if window.place.is_last:
-            window.restart()
+        self._use(window, anew=window.place.is_last)
         loader = state.active_dataloader
         plan = getattr(loader, "global_batch", None)  # loaders of others may be among the active ones
-        before = window.place
-        if plan is not None and before.is_last:
-            before = Place()  # the loader says how long a window is: what was counted in windows of another is no help
-        elif window.is_moved and plan is not None:
-            before = self._place_among_samples(window, plan, steps)
         if plan is None:
             _check_trains(loader)
-        # Ranks that are done contribute nothing more, so what they have has to go with this step.
-        ends = state.sync_with_dataloader and (
-            state.end_of_dataloader or getattr(state.active_dataloader, "is_last_for_some", False)
-        )
-        # Asked for where a window begins only: a loader may have to look it up.
-        ahead = state.batches_ahead if before.is_last and state.sync_with_dataloader else None
+        before = self._place_before(window, plan, steps)
+        is_first = window.calls.count(batch_of(loader))
+        if plan is not None and num_steps is None and steps > 1 and not is_first:
+            refuse_parts(plan)
+        ends = state.sync_with_dataloader and window.calls.ends(is_first, not before.is_last, self._is_at_end(), steps)
+        # Asked for where a longer window begins only: a loader may have to look it up.
+        asks = before.is_last and steps > 1 and state.sync_with_dataloader
+        ahead = window.calls.ahead(state.batches_ahead) if asks else None
         place = next_place(before, steps, ends=ends, ahead=ahead)
+        window.calls.is_cut = ends and (before.step + 1) % steps != 0
         region = Region(self, window, self._stay_local(models, place))
-        window.place, window.is_moved = place, False
-        if plan is not None:
-            own, everyone = samples_of_step(loader, plan.batch_size, plan.count)
-            window.batch = own, plan.batch_size, plan.count
-            window.total += everyone
-        else:
-            window.batch = None
+        window.place = place
+        self._count_samples(window, loader, plan)
         self._last = window
         state.window = place.number, steps
         state.sync_gradients = place.is_last
         return region
+
+    def _use(self, window: Window, *, anew: bool) -> None:
+        self._clock += 1
+        if anew:
+            window.restart()
+            window.began = self._clock
+        window.used = self._clock
+
+    def _is_at_end(self) -> bool:
+        # Ranks that are done contribute nothing more, so what they have has to go with this step.
+        state = self._state
+        return state.end_of_dataloader or getattr(state.active_dataloader, "is_last_for_some", False)
+
+    def _place_before(self, window: Window, plan: Any, steps: int) -> Place:
+        """Return where a window stands before the batch that comes now."""
+        is_moved, window.is_moved = window.is_moved, False
+        if plan is None:
+            return window.place
+        if window.place.is_last:
+            return Place()  # the loader says how long a window is: what was counted in windows of another is no help
+        return self._place_among_samples(window, plan, steps) if is_moved else window.place
+
+    def _count_samples(self, window: Window, loader: Any, plan: Any) -> None:
+        if plan is None:
+            window.batch = None
+            return
+        own, everyone = samples_of_step(loader, plan.batch_size, plan.count)
+        window.batch = own, plan.batch_size, plan.count
+        window.total += everyone
 
     def _place_among_samples(self, window: Window, plan: Any, steps: int) -> Place:
         """Return where a window stands that other ranks began with batches of another size."""
@@ -161,7 +189,7 @@ class Windows:
                 f"The checkpoint was saved {window.total} samples into a global batch of {plan.size}, and {plan.count} "
                 f"processes with batches of {plan.batch_size} cannot complete that exactly: the first optimizer step takes "
                 f"{window.total + (steps - done) * plan.batch_size * plan.count} samples. Each counts alike.",
-                stacklevel=5,
+                stacklevel=6,
             )
         return Place(done, done, steps, is_last=False)
 
@@ -186,27 +214,20 @@ class Windows:
 
     def backward(self, loss: torch.Tensor, num_items: Any = None, **kwargs: Any) -> None:
         """Bring a loss into the gradients; see `Accelerator.backward`."""
-        window = self.current
-        if window is None:
-            _check_trains(self._state.active_dataloader)
-        if window is not None:
-            share = window.share() if num_items is None else self._share_of_items(window, num_items)
-        elif num_items is None:
-            steps = self._state.num_steps
-            if self._outside.is_pending or not self._state.sync_gradients:
-                self._note_outside()
-            self._run(loss if steps == 1 else loss / steps, kwargs)
-            return
-        else:
-            window = self._begin_outside()
+        window = self.current or self._begin_outside(by_items=num_items is not None)
+        if num_items is not None:
             share = self._share_of_items(window, num_items)
+        elif window is self._outside and window.batch is None:
+            share = window.share_of_steps(window.place.length)
+        else:
+            share = window.share()
         if share.rescale != 1.0:
             rescale(self._parameters(window), share.rescale)
         window.reference = share.reference
         if share.divisor is not None:
             self._run(loss if share.divisor == 1 else loss / share.divisor, kwargs)
         elif window.place.is_last or (self._state.sync_each_batch and not self._alone):
-            with left_out(self._parameters(None)):
+            with left_out(everything(self._models, self._optimizers).values()):
                 self._run(loss, kwargs)
         window.is_pending = not window.place.is_last
 
@@ -215,17 +236,24 @@ class Windows:
             loss = self._scaling.scale(loss)
         loss.backward(**kwargs)
 
-    def _note_outside(self) -> None:
-        """Keep in mind that there are gradients in the middle of a window, or that there are none any more."""
-        window = self._begin_outside()
-        window.enter(BATCHES)
-        window.is_pending = not window.place.is_last
-
-    def _begin_outside(self) -> Window:
+    def _begin_outside(self, *, by_items: bool) -> Window:
+        """Return the window of losses outside of regions, with this one counted; see [Note: outside a region]."""
         window, state = self._outside, self._state
-        if not window.is_pending:
-            window.restart()
-        window.place = Place(0, window.place.number + 1, state.num_steps, state.sync_gradients)
+        loader = state.active_dataloader
+        plan = getattr(loader, "global_batch", None)
+        if plan is None:
+            _check_trains(loader)
+        is_first = window.calls.count(None if plan is None else batch_of(loader))
+        is_new = not window.is_pending and (is_first or by_items)
+        self._use(window, anew=is_new)
+        number = window.place.number
+        if is_first:
+            number = 1 if is_new else self._place_before(window, plan, state.num_steps).number + 1
+        window.place = Place(0, number, state.num_steps, state.sync_gradients)
+        if is_first or is_new:
+            self._count_samples(window, loader, plan)
+        if plan is not None and state.sync_gradients and number != plan.accumulation and not self._is_at_end():
+            refuse_loop(plan, number)
         return window
 
     def _share_of_items(self, window: Window, num_items: Any) -> Share:
@@ -248,28 +276,17 @@ class Windows:
 
     # Parameters --------------------------------------------------------------------------------------------------
 
-    def _parameters(self, window: Window | None) -> list[torch.Tensor]:
-        """Return the parameters of a window's models, and those that belong to no model but are stepped with them."""
-        models = None if window is None else window.models
-        mine = models or [*self._models]
-        others = {
-            id(parameter)
-            for model in self._models
-            if not any(model is own for own in mine)
-            for parameter in model.parameters()
-        }
-        found = {id(parameter): parameter for model in mine for parameter in _parameters_of(model)}
-        for optimizer in self._optimizers:
-            held = {id(item): item for group in optimizer.param_groups for item in group["params"]}
-            if held.keys() & found.keys() or not held.keys() & others:
-                found.update((key, item) for key, item in held.items() if key not in others)
-        return list(found.values())
+    def _parameters(self, window: Window) -> list[torch.Tensor]:
+        return reached(window, self._all(), self._models, self._optimizers)
+
+    def _all(self) -> list[Window]:
+        return [*self._windows.values(), self._outside]
 
     def _open(self) -> list[Window]:
-        return [window for window in (*self._windows.values(), self._outside) if window.is_pending]
+        return [window for window in self._all() if window.is_pending]
 
     def _pending_parameters(self) -> list[torch.Tensor]:
-        return [parameter for window in self._open() for parameter in self._parameters(window)]
+        return list({id(item): item for window in self._open() for item in self._parameters(window)}.values())
 
     def closed(self, optimizers: Iterable[Any]) -> list[Any]:
         """Return those of the optimizers whose gradients are not in the middle of a window."""
@@ -290,7 +307,9 @@ class Windows:
         kept = [(window, indices) for window, indices in known if -1 not in (indices or ())]
         if self._outside.is_pending:
             kept.append((self._outside, None))
-        if len(kept) < 2 and not any(not window.place.is_last or window.is_pending for window, _ in kept):
+        if len(kept) < 2 and not any(
+            not window.place.is_last or window.is_pending or window.calls.usual > 1 for window, _ in kept
+        ):
             return None
         return [self._window_state(window, indices) for window, indices in kept]
 
@@ -307,6 +326,7 @@ class Windows:
             "reference": window.reference,
             "own": window.own,
             "total": window.total,
+            "calls": window.calls.usual,
             "gradients": self._gradients(window) if window.is_pending else {},
         }
 
@@ -333,6 +353,7 @@ class Windows:
             window.measure, window.reference = state["measure"], state["reference"]
             window.own, window.total = state["own"], state["total"]
             window.is_moved = state.get("is_moved", False)
+            window.calls = Calls(state.get("calls"))
             window.is_pending = not window.place.is_last
             if state["is_last_used"]:
                 self._last = window
@@ -385,5 +406,18 @@ def _check_trains(loader: Any) -> None:
         )
 
 
-def _parameters_of(model: Any) -> Iterable[torch.Tensor]:
-    return model.parameters() if isinstance(model, torch.nn.Module) else ()
+def _check_nested(outer: Window, inner: Window) -> None:
+    """Refuse a region in a region, unless each is all of its window.
+
+    Raises:
+        SettingError: (a `ValueError`) if a loss in both would have to count for two windows at once.
+    """
+    if all(window.place.is_last and window.place.number == 1 for window in (outer, inner)):
+        return
+    raise SettingError(
+        explain(
+            "A region of accumulate() was opened inside another one: a loss in both would belong to two windows.",
+            accepted="one region at a time",
+            remedy="Pass all models that are trained by one loss to one region: accelerator.accumulate(first, second).",
+        )
+    )

@@ -42,6 +42,8 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         self.gradient_state = GradientState()
         self.device_placement = device_placement
         self._skipped: bool | Callable[[], bool] = False
+        self.stepped_in_loop = False
+        """Whether the last step was taken in a loop over a prepared loader."""
         self.before_first_step: Callable[[], None] | None = None
         """Called once, when the first step through this wrapper begins."""
         self._scaling = None if scaler is None else LossScaling.of(scaler)
@@ -135,6 +137,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         if self.before_first_step is not None:
             self.before_first_step()
             self.before_first_step = None
+        self.stepped_in_loop = self.gradient_state.in_dataloader
         if self._scaling is not None:
             self._skipped = self._scaling.step(self.optimizer, closure)
             return None

@@ -30,16 +30,32 @@ def length_of(scheduler: Any) -> int | None:
     return _steps_of_partials(scheduler)
 
 
-def end_of(scheduler: Any) -> int | None:
-    """Return after how many steps a schedule has no rates left; `None` if it does not say, or goes on with its last."""
+def end_of(scheduler: Any, *, raises: bool = False) -> int | None:
+    """Return after how many steps a schedule has no rates left; `None` if it does not say, or goes on with its last.
+
+    Args:
+        scheduler: The schedule.
+        raises: Count only ends after which one more step raises, as `OneCycleLR` does.
+    """
     stages, changes = getattr(scheduler, "_schedulers", None), getattr(scheduler, "_milestones", None)
-    if stages:
-        last = end_of(stages[-1]) if changes else None
-        return None if last is None or not changes else changes[-1] + last
-    for name in ("total_steps", "T_max"):
+    if stages and changes:  # one after the other
+        last = end_of(stages[-1], raises=raises)
+        return None if last is None else changes[-1] + last
+    if stages:  # all at once
+        return min((end for stage in stages if (end := end_of(stage, raises=raises)) is not None), default=None)
+    for name in ("total_steps",) if raises else ("total_steps", "T_max"):
         if type(value := getattr(scheduler, name, None)) is int:
             return value
-    return _steps_of_partials(scheduler)
+    return None if raises else _steps_of_partials(scheduler)
+
+
+def steps_taken(scheduler: Any) -> int | None:
+    """Return how many steps a schedule has taken; `None` if it does not say, as one of the user's own may not."""
+    stages = getattr(scheduler, "_schedulers", None)
+    if stages and not hasattr(scheduler, "last_epoch"):  # all at once
+        return steps_taken(stages[0])
+    taken = getattr(scheduler, "last_epoch", None)
+    return taken if isinstance(taken, int) else None
 
 
 def _steps_of_partials(scheduler: Any) -> int | None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from operator import index
 from typing import Any
 
 import torch
 
 from ..core.errors import SettingError, WrongTypeError, explain
+from .calls import Calls
 from .window import Place, Share, share_of
 
 BATCHES, SAMPLES, ITEMS = "batches", "samples", "items"
@@ -30,6 +32,9 @@ class Window:
         self.place = Place()
         self.is_moved = False
         """Whether other ranks began this window than go on with it."""
+        self.calls = Calls()
+        self.used = self.began = 0
+        """When it had its last batch, and when its first, on a clock that all windows share."""
         self.restart()
 
     def restart(self) -> None:
@@ -81,6 +86,11 @@ class Window:
             own, self.reference, self.total / shards if place.is_last else self.reference or full * place.length
         )
 
+    def share_of_steps(self, num_steps: int) -> Share:
+        """Return how a loss joins where nobody says how many batches there will be: divided by the number of steps."""
+        self.enter(BATCHES)
+        return Share(num_steps, num_steps)
+
 
 def _reference(model: Any) -> Callable[[], Any]:
     try:
@@ -97,7 +107,12 @@ def count_items(num_items: Any) -> int:
         SettingError: (a `ValueError`) for a negative or a broken number.
     """
     value = num_items.item() if isinstance(num_items, torch.Tensor) and num_items.numel() == 1 else num_items
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (bool, float)):
+        try:
+            value = index(value)  # an integer of numpy is one too
+        except TypeError:
+            value = None
+    if value is None or isinstance(value, bool):
         raise WrongTypeError(
             explain(
                 f"backward(num_items={num_items!r:.60}) has type {type(num_items).__name__}.",

@@ -110,6 +110,23 @@ def test_the_size_is_passed_by_the_decorator_only():
     assert "Call it without: train(model='model', steps=3)" in str(caught.value)
 
 
+def test_a_function_may_take_any_number_of_arguments():
+    @find_executable_batch_size(starting_batch_size=8)
+    def train(batch_size, *words):
+        return batch_size, words
+
+    assert train("one", "two") == (8, ("one", "two"))
+
+
+def test_keywords_take_no_place_of_the_batch_size():
+    @find_executable_batch_size(starting_batch_size=8)
+    def train(batch_size, *, lr=1):
+        return batch_size
+
+    with pytest.raises(WrongTypeError, match="train was called with its batch size"):
+        train(8)
+
+
 def test_memory_of_a_failed_attempt_is_given_back_before_the_next():
     held = []
 

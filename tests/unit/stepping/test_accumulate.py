@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from itertools import chain, islice
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -13,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate import Accelerator
 from accelerate.data.prepare import prepare_data_loader
+from accelerate.stepping.samples import batch_of
 from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
 
 
@@ -265,6 +268,16 @@ def masked(model, rows):
     return (model(torch.cat([rows, torch.ones(1, 3)])).square().squeeze(-1) * mask).sum() / mask.sum()
 
 
+@pytest.mark.parametrize("given", [np.int64(4), np.array([3, 1]).sum(), np.array(4), torch.tensor(4.0), 4.0])
+def test_integers_of_other_libraries_are_numbers_of_items(given):
+    accelerator, model, _ = prepared(gradient_accumulation_steps=2)
+    parts = samples(6).split([4, 2])
+    for rows, count in zip(parts, (given, 2), strict=True):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(rows).square().mean(), num_items=count)
+    assert close(gradients(model), of_one_batch(model, samples(6)))
+
+
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (0, 0)])
 def test_a_batch_without_items_adds_exact_zeros_wherever_it_comes(sizes):
     accelerator, model, _ = prepared(gradient_accumulation_steps=2)
@@ -360,6 +373,8 @@ def test_a_window_without_regions_is_counted_in_one_way_too():
         (torch.tensor(0.5), ValueError),
         (torch.tensor([1, 2]), TypeError),
         (True, TypeError),
+        (np.bool_(True), TypeError),
+        (np.float64(2.5), ValueError),
         ("3", TypeError),
     ],
 )
@@ -396,8 +411,8 @@ def test_scaled_gradients_are_as_large_with_items_as_without():
 # Global batches -------------------------------------------------------------------------------------------------------
 
 
-def with_plan(rows):
-    return prepare_data_loader(DataLoader(rows, batch_size=2), global_batch_size=8)
+def with_plan(rows, batch_size=2, accumulation=4):
+    return prepare_data_loader(DataLoader(rows, batch_size=batch_size), global_batch_size=batch_size * accumulation)
 
 
 def test_a_loader_with_a_global_batch_size_says_how_many_batches_a_window_has():
@@ -420,6 +435,60 @@ def test_the_last_batches_count_by_their_samples(count):
     found = train(accelerator, model, optimizer, with_plan(samples(count)))
     expected = [of_one_batch(model, rows) for rows in samples(count).split(8)]
     assert all(close(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 7, 8, 9])
+def test_without_regions_a_global_batch_of_one_batch_counts_by_its_samples(count):
+    accelerator, model, optimizer = prepared()
+    loader = with_plan(samples(count), accumulation=1)
+    found = []
+    for rows in loader:
+        for part in rows[: len(rows) // 2 + 1], rows[len(rows) // 2 + 1 :]:  # two losses, of one batch
+            if len(part):
+                accelerator.backward(model(part).square().sum() / len(rows))
+        found.append(gradients(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = [of_one_batch(model, rows) for rows in samples(count).split(2)]
+    assert all(close(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("count", [3, 8, 13, 16])
+def test_without_regions_the_flag_may_keep_a_global_batch(count):
+    accelerator, model, optimizer = prepared()
+    found = []
+    for number, rows in enumerate(with_plan(samples(count)), start=1):
+        accelerator.sync_gradients = number % 4 == 0 or number == -(-count // 2)
+        for part in rows[:1], rows[1:]:
+            accelerator.backward(model(part).square().sum() / len(rows))
+        if accelerator.sync_gradients:
+            found.append(gradients(model))
+        optimizer.step()
+        optimizer.zero_grad()
+    expected = [of_one_batch(model, rows) for rows in samples(count).split(8)]
+    assert all(close(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("items", [None, 2])
+def test_a_loop_without_regions_that_would_step_in_each_batch_of_a_global_one_is_refused(items):
+    accelerator, model, _ = prepared()
+    for rows in with_plan(samples(19)):
+        with pytest.raises(ValueError, match="outside of accumulate") as caught:
+            accelerator.backward(model(rows).square().mean(), num_items=items)
+        break
+    assert "global_batch_size=8, of which this run takes 4 batches of 2 on each of 1 process. " in str(caught.value)
+    assert "with accelerator.accumulate(model)" in str(caught.value)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_parts_of_a_batch_do_not_count_in_a_global_one():
+    accelerator, model, _ = prepared()
+    for _ in with_plan(samples(8)):
+        with accelerator.accumulate(model):
+            pass
+        with pytest.raises(ValueError, match="accumulate.. was called twice for the same models in one batch"):
+            accelerator.accumulate(model)
+        break
 
 
 # Several models -------------------------------------------------------------------------------------------------------
@@ -455,6 +524,193 @@ def test_only_gradients_of_the_windows_models_are_put_right():
     found = train(accelerator, first, one, loader)
     assert close(found[0], of_one_batch(first, samples(3)))
     assert equal(gradients(second), before)
+
+
+def encoder_and_head():
+    torch.manual_seed(0)
+    return nn.Linear(3, 3), nn.Linear(3, 1)
+
+
+def both_gradients(head, encoder, rows):
+    """Return the gradients of both models for one batch of all rows."""
+    head, encoder = copy.deepcopy((head, encoder))
+    for model in (head, encoder):
+        model.zero_grad()
+    head(encoder(rows)).square().mean().backward()
+    return [*gradients(encoder), *gradients(head)]
+
+
+@pytest.mark.parametrize("optimizers", [1, 2])
+@pytest.mark.parametrize("items", [False, True])
+def test_a_model_trained_by_the_same_loss_belongs_to_the_window_though_nobody_said_so(optimizers, items, tmp_path):
+    """As many scripts train a text encoder beside the model they pass to `accumulate`; saved in the short last window."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    encoder, head = accelerator.prepare(*encoder_and_head())
+    groups = (
+        [[*encoder.parameters(), *head.parameters()]]
+        if optimizers == 1
+        else map(list, map(nn.Module.parameters, (encoder, head)))
+    )
+    stepped = [accelerator.prepare(torch.optim.SGD(group, lr=0.0)) for group in groups]
+    sizes = [1, 5, 2, 8, 3, 1]
+    rows = samples(sum(sizes))
+    loader = accelerator.prepare(DataLoader(Stream(rows.split(sizes)), batch_size=None))
+    found = []
+    # After the fifth batch the loop is begun again, for load_state is called there.
+    for number, batch in enumerate(chain(islice(loader, 5), loader), start=1):
+        with accelerator.accumulate(encoder):
+            given = {"num_items": len(batch)} if items else {}
+            accelerator.backward(head(encoder(batch)).square().mean(), **given)
+            if accelerator.sync_gradients:
+                found.append([*gradients(encoder), *gradients(head)])
+            for optimizer in stepped:
+                optimizer.step()
+                optimizer.zero_grad()
+        if number == 5:
+            held = [*gradients(encoder), *gradients(head)]
+            accelerator.save_state(tmp_path)
+            for model in (encoder, head):
+                model.zero_grad()
+            accelerator.load_state(tmp_path)
+            assert equal([*gradients(encoder), *gradients(head)], held)
+    if items:
+        expected = [both_gradients(head, encoder, part) for part in rows.split([16, 4])]
+    else:
+        each = [both_gradients(head, encoder, part) for part in rows.split(sizes)]
+        expected = [[sum(parts) / len(parts) for parts in zip(*window, strict=True)] for window in (each[:4], each[4:])]
+    assert all(close(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_model_trained_outside_of_regions_does_not_belong_to_the_window_of_one_inside():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    first, second = accelerator.prepare(network(), network())
+    accelerator.prepare(*(torch.optim.SGD(model.parameters(), lr=0.0) for model in (first, second)))
+    for rows in accelerator.prepare(DataLoader(Stream(samples(2)), batch_size=1)):
+        accelerator.backward(second(rows).square().mean())
+        with accelerator.accumulate(first):
+            accelerator.backward(first(rows).square().mean())
+    assert close(gradients(first), of_one_batch(first, samples(2)))
+    assert close(gradients(second), [gradient / 2 for gradient in of_one_batch(second, samples(2))])
+
+
+def test_a_model_that_steps_later_keeps_its_gradients():
+    """Both regions come first, then both steps: the window of the second must not touch what the first has got."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    first, second = accelerator.prepare(network(), network())
+    for rows in accelerator.prepare(DataLoader(Stream(samples(2)), batch_size=1)):
+        for model in (first, second):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(rows).square().mean())
+    assert close(gradients(first), of_one_batch(first, samples(2)))
+    assert close(gradients(second), of_one_batch(second, samples(2)))
+
+
+def test_one_region_at_a_time():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    first, second = accelerator.prepare(network(), network())
+    with accelerator.accumulate(first):
+        with pytest.raises(ValueError, match="opened inside another one") as caught, accelerator.accumulate(second):
+            pass
+        assert "accelerator.accumulate(first, second)" in str(caught.value)
+        assert accelerator._session.windows.current is not None
+    accelerator.gradient_accumulation_steps = 1
+    accelerator.free_memory()
+    with accelerator.accumulate(first), accelerator.accumulate(second):  # each a window of its own
+        accelerator.backward((first(samples(2)) + second(samples(2))).mean())
+
+
+# Several regions in a batch of the loader -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("parts", "steps", "expected"),
+    [(4, 4, [1, 1, 1]), (5, 5, [1, 1, 1]), (2, 4, [0, 1, 1]), (4, 2, [2, 2, 2]), (3, 2, [1, 2, 2]), (4, 1, [4] * 3)],
+)
+def test_only_the_last_region_in_the_last_batch_ends_a_window_early(streamed, parts, steps, expected):
+    accelerator, model, optimizer = prepared(gradient_accumulation_steps=steps)
+    rows = samples(3 * 60)
+    loader = accelerator.prepare(DataLoader(Stream(rows) if streamed else rows, batch_size=60))
+    for _ in range(2):
+        seen, found = [], []
+        for batch in loader:
+            ended = 0
+            for part in batch.split(60 // parts):
+                with accelerator.accumulate(model):
+                    accelerator.backward(model(part).square().mean())
+                    ended += accelerator.sync_gradients
+                    if accelerator.sync_gradients:
+                        found.append(gradients(model))
+                    optimizer.step()
+                    optimizer.zero_grad()
+            seen.append(ended)
+        assert seen == expected
+        windows = rows.split(60 // parts * steps)
+        assert all(close(one, of_one_batch(model, part)) for one, part in zip(found, windows, strict=True))
+
+
+def test_an_only_batch_in_parts_is_told():
+    accelerator, model, _ = prepared(gradient_accumulation_steps=4)
+    loader = accelerator.prepare(DataLoader(samples(4), batch_size=4))
+
+    def parts(count):
+        for _ in loader:
+            for _ in range(count):
+                with accelerator.accumulate(model):
+                    pass
+
+    with pytest.raises(ValueError, match="the batch before had none") as caught:
+        parts(4)
+    assert "GradientAccumulationPlugin(num_steps=4, sync_with_dataloader=False)" in str(caught.value)
+
+
+def test_a_loader_that_is_gone_is_not_taken_for_another_one():
+    class Loader:
+        steps_given = 1
+
+    known = []
+    for _ in range(20):  # some of them get the identity of one before
+        loader = Loader()
+        assert batch_of(loader) == batch_of(loader)
+        assert batch_of(loader) not in known
+        known.append(batch_of(loader))
+        del loader
+
+
+def test_a_last_batch_of_fewer_parts_is_told_when_the_next_pass_begins():
+    accelerator, model, _ = prepared(gradient_accumulation_steps=4)
+    loader = accelerator.prepare(DataLoader(samples(10), batch_size=8))
+    seen = []
+    with pytest.warns(UserWarning, match="fewer calls of accumulate.. than the 4 of the one before") as told:
+        for _ in range(2):
+            for batch in loader:
+                for _ in batch.split(2):
+                    with accelerator.accumulate(model):
+                        seen.append(accelerator.sync_gradients)
+    assert seen == [False, False, False, True, False] * 1 + [False, False, True, False, False]
+    assert [item.filename for item in told] == [__file__]
+
+
+def test_how_many_parts_a_batch_has_survives(tmp_path):
+    """What the last of two batches is in is known from the first only."""
+
+    def regions(loader):
+        for batch in loader:
+            for _ in batch.split(1):
+                with accelerator.accumulate(model):
+                    yield accelerator.sync_gradients
+
+    accelerator, model, _ = prepared(gradient_accumulation_steps=4)
+    loader = accelerator.prepare(DataLoader(samples(8), batch_size=4))
+    whole = regions(loader)
+    assert [next(whole) for _ in range(4)] == [False, False, False, True]
+    whole.close()
+    accelerator.save_state(tmp_path)
+    accelerator.free_memory()
+    accelerator, model, _ = prepared(gradient_accumulation_steps=4)
+    loader = accelerator.prepare(DataLoader(samples(8), batch_size=4))
+    accelerator.load_state(tmp_path)
+    assert list(regions(loader)) == [False, False, False, True]
 
 
 def test_models_that_are_gone_take_their_windows_with_them():

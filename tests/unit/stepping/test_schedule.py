@@ -10,7 +10,7 @@ import torch
 from torch.optim import lr_scheduler as schedules
 
 from accelerate.scheduler import AcceleratedScheduler
-from accelerate.stepping.schedule import Pass, end_of, fits_taken_steps, length_of, pass_over
+from accelerate.stepping.schedule import Pass, end_of, fits_taken_steps, length_of, pass_over, steps_taken
 from tests.support.ranks import run_on_ranks
 
 
@@ -63,6 +63,13 @@ SCHEDULES = {
         40,
         None,
     ),
+    "at once with an end": (
+        lambda given: schedules.ChainedScheduler(
+            [schedules.ConstantLR(given, total_iters=10), schedules.OneCycleLR(given, 1.0, total_steps=40)]
+        ),
+        40,
+        40,
+    ),
 }
 
 
@@ -71,6 +78,20 @@ def test_lengths(name):
     make, length, end = SCHEDULES[name]
     schedule = make(optimizer())
     assert (length_of(schedule), end_of(schedule)) == (length, end)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_steps_taken_and_the_end_after_which_torch_raises(name):
+    schedule = SCHEDULES[name][0](optimizer())
+    schedule.optimizer.step()
+    end = end_of(schedule, raises=True)
+    assert end == (40 if "one cycle" in name or name == "at once with an end" else None)
+    for taken in range(40):
+        assert steps_taken(schedule) == taken
+        schedule.step()
+    if end is not None:
+        with pytest.raises(ValueError, match="Tried to step"):
+            schedule.step()
 
 
 # Comparing ------------------------------------------------------------------------------------------------------------
@@ -215,6 +236,137 @@ def test_a_schedule_made_for_optimizer_steps_is_told_once_with_both_numbers():
 def test_one_process_has_one_unit():
     for name, one in run_on_ranks(all_runs, 1, timeout=120)[0].items():
         assert one == [[], []], name
+
+
+EPOCHS = 4
+
+
+class Own:
+    """A schedule of the user's own, which has no more than the methods that are called."""
+
+    T_max = total_steps = 5
+
+    def __init__(self, optimizer):
+        self.optimizer, self.taken = optimizer, 0
+
+    def step(self):
+        self.taken += 1
+
+    def state_dict(self):
+        return {}
+
+
+def rates_of_epochs(make, units, *, metric=False):
+    """Return the rate after each epoch, with a schedule that is stepped after the loop, and the warnings."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, scheduler_units=units)
+    model = torch.nn.Linear(1, 1)
+    sgd = torch.optim.SGD(model.parameters(), lr=1.0)
+    loader = torch.utils.data.DataLoader(torch.ones(8, 1), batch_size=1)
+    model, sgd, schedule, loader = accelerator.prepare(model, sgd, make(sgd), loader)
+    found = []
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for epoch in range(EPOCHS):
+            for batch in loader:
+                accelerator.backward(model(batch).sum())
+                sgd.step()
+                sgd.zero_grad()
+            schedule.step(10.0 - epoch) if metric else schedule.step()
+            found.append(sgd.param_groups[0]["lr"])
+    return found, [str(item.message) for item in told]
+
+
+def improving(given):
+    return schedules.ReduceLROnPlateau(given, patience=0, factor=0.5)
+
+
+def by_epochs(given):
+    return schedules.StepLR(given, 2, gamma=0.5)
+
+
+def all_epochs():
+    return {
+        (name, units): rates_of_epochs(make, units, metric=name == "metric")
+        for name, make in (("metric", improving), ("epochs", by_epochs))
+        for units in (None, "samples", "optimizer_steps")
+    }
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_schedules_of_epochs(processes):
+    first, *others = run_on_ranks(all_epochs, processes)
+    for units in (None, "samples", "optimizer_steps"):
+        assert first["metric", units] == ([1.0] * EPOCHS, []), "a metric that improves is one metric"
+        if units or processes == 1:
+            assert first["epochs", units] == ([1.0, 0.5, 0.5, 0.25], [])
+    if processes == 2:  # as in Accelerate 1.x, but not without a word
+        rates, (text,) = first["epochs", None]
+        assert rates == [0.5, 0.25, 0.125, 0.0625]
+        assert "StepLR is stepped after the loop over a loader: by 2 steps at each call, where a single process" in text
+        assert "scheduler_units='samples'" in text
+        assert all(told == [] for other in others for _, told in other.values())
+
+
+def ends(make, total):
+    """Step until long after the end of a schedule that raises there, or does not say where it is."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, scheduler_units="samples")
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    made = make(sgd, total)
+    sgd = accelerator.prepare(sgd)
+    schedule = accelerator.prepare_scheduler(made)
+    for _ in range(total):
+        sgd.step()
+        schedule.step()
+    return steps_taken(made), getattr(made, "taken", None)
+
+
+def one_cycle_after_warmup(given, total):
+    stages = [schedules.LinearLR(given, total_iters=2), schedules.OneCycleLR(given, 1.0, total_steps=total - 2)]
+    return schedules.SequentialLR(given, stages, milestones=[2])
+
+
+def one_cycle_at_once(given, total):
+    return schedules.ChainedScheduler(
+        [schedules.ConstantLR(given), schedules.OneCycleLR(given, 1.0, total_steps=total)]
+    )
+
+
+def all_ends():
+    return [ends(one_cycle_after_warmup, 7), ends(one_cycle_at_once, 7), ends(lambda given, total: Own(given), 7)]
+
+
+def test_several_processes_stop_where_torch_would_raise():
+    assert run_on_ranks(all_ends, 1) == [[(7, None), (7, None), (None, 7)]]
+    assert run_on_ranks(all_ends, 2) == [[(7, None), (7, None), (None, 14)]] * 2
+
+
+def length_seen(late):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=1 if late else 4)
+    if late:
+        accelerator.gradient_accumulation_steps = 4
+    sgd = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(torch.ones(18, 1), batch_size=1))
+    assert len(loader) == 9
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        accelerator.prepare(sgd, schedules.OneCycleLR(sgd, 1.0, total_steps=9))
+    return [str(item.message) for item in told]
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_length_of_windows_may_be_set_after_the_start(late):
+    (text,), rest = run_on_ranks(length_seen, 2, late)
+    assert "has 9 steps: 3 passes of the 3 optimizer steps" in text
+    assert rest == []
 
 
 def units_of(units, shards):

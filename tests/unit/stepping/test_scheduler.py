@@ -169,6 +169,28 @@ def test_a_scheduler_that_takes_a_metric_gets_it():
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
 
 
+def test_prepared_before_its_optimizer_it_waits_for_its_steps_all_the_same():
+    from accelerate import Accelerator
+    from accelerate.utils import GradScalerKwargs
+
+    accelerator = Accelerator(cpu=True, mixed_precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=1024.0)])
+    models = [torch.nn.Linear(1, 1) for _ in range(2)]
+    optimizers = [torch.optim.SGD(model.parameters(), lr=1.0) for model in models]
+    scheduler = accelerator.prepare(torch.optim.lr_scheduler.StepLR(optimizers[1], 1, gamma=0.5))
+    models, optimizers = accelerator.prepare(*models), accelerator.prepare(*optimizers)
+    rates = []
+    for overflows in (False, True, False):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            loss = model(torch.ones(1, 1)).sum()
+            accelerator.backward(loss * float("inf") if overflows and model is models[1] else loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert rates == [0.5, 0.5, 0.25]
+    assert scheduler.optimizers == [optimizers[1]]
+
+
 def test_it_can_be_pickled(pair):
     _, outer = pair
     assert pickle.loads(pickle.dumps(outer)).get_last_lr() == [1.0]
