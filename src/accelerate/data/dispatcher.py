@@ -159,6 +159,10 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         return mesh[axis] if mesh is not None and axis in (mesh.mesh_dim_names or ()) else None
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.look_around()
+        return self._walk()
+
+    def _walk(self) -> Iterator[Any]:
         runtime = state.current_or_single()
         settle_left(self.gradient_state)
         place, mark = self._placement(runtime), self._mark
@@ -174,9 +178,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
                     self.remainder = given.observed
                 mark.padding = given.padding
                 mark.steps_given += 1
-                mark.last_batch = given.batch if place is None else place(given.batch)
-                yield mark.last_batch
-                mark.last_batch = None  # not held while the next one is made
+                yield given.batch if place is None else place(given.batch)
         except GeneratorExit:
             if mark.finished:  # zip, for example, does not ask for more than it needs
                 mark.close()

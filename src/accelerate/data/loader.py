@@ -76,7 +76,8 @@ class DataLoaderAdapter(DataLoader[Any]):
         self.skip_batches = 0
         self._resumes = False
         self._base_counts = True
-        self.steps_before: dict[int, int] = {}
+        self._loops_around: dict[int, int] = {}
+        self._loops_beside: dict[int, int] = {}
         self.replaces: Place | None = None
         """A restored place that the batches to skip were told in place of."""
         self._mark = Bookmark()
@@ -253,8 +254,12 @@ class DataLoaderStateMixin:
     _mark: Bookmark
     _reader: Reader
     _left_early = 0
-    steps_before: dict[int, int]
-    """How many batches each loader around this one had given when its pass began, by identity."""
+    _loops_around: dict[int, int]
+    """How many batches each loader that was iterated had given when `iter` was called for this pass, by identity."""
+    _loops_beside: dict[int, int]
+    """The loaders that went on during this loader's last pass, by identity, with the beginning of their pass then."""
+    pass_began = 0
+    """How many batches the loader had given in all when its pass began."""
 
     @property
     def iteration(self) -> int:
@@ -273,15 +278,6 @@ class DataLoaderStateMixin:
     @padding.setter
     def padding(self, value: Padding | None) -> None:
         self._mark.padding = value
-
-    @property
-    def last_batch(self) -> Any:
-        """The batch given last; `None` outside a pass."""
-        return self._mark.last_batch
-
-    @last_batch.setter
-    def last_batch(self, value: Any) -> None:
-        self._mark.last_batch = value
 
     @property
     def steps_given(self) -> int:
@@ -310,7 +306,23 @@ class DataLoaderStateMixin:
         """Forget what is known of the last batch."""
         self.end_of_dataloader = False
         self.remainder = -1
-        self._mark.padding = self._mark.last_batch = None
+        self._mark.padding = None
+
+    def look_around(self) -> None:
+        """Take note, when `iter` is called, in which loops this is; one beside it before in its pass is not among them.
+
+        `zip(first, second)` calls it for both before either has given a batch, a loop inside a loop after the outer one
+        has given one, which stays its last while the inner goes on.
+        """
+        self._loops_around = {
+            id(loader): getattr(loader, "steps_given", 0)
+            for loader in self.gradient_state.dataloader_references
+            if loader is not None and self._loops_beside.get(id(loader), -1) != getattr(loader, "pass_began", 0)
+        }
+
+    def is_inside(self, loader: Any) -> bool:
+        """Tell whether this pass was begun inside the loop over `loader`, in its present step."""
+        return self._loops_around.get(id(loader)) == getattr(loader, "steps_given", 0)
 
     def begin(self) -> None:
         """Start a pass: this is the innermost loader now."""
@@ -319,19 +331,23 @@ class DataLoaderStateMixin:
         self._left_early = 0
         self.reset()
         self.remainder = self._expected_remainder()
-        around = [loader for loader in self.gradient_state.dataloader_references if loader is not None]
-        self.steps_before = {id(loader): getattr(loader, "steps_given", 0) for loader in around if loader is not self}
+        self.pass_began = self.steps_given
         self.gradient_state._add_dataloader(self)
 
     def end(self) -> None:
         """End a pass: the loader around this one, if any, is the innermost again."""
         self.gradient_state._remove_dataloader(self)
+        self._loops_beside = {
+            id(loader): getattr(loader, "pass_began", 0)
+            for loader in self.gradient_state.dataloader_references
+            if loader is not None and loader is not self and not self.is_inside(loader)
+        }
         self.reset()
 
     def leave(self) -> None:
         """Take note that the loop was broken off; it stays the active loader until it begins again."""
         self._left_early += 1
-        self._mark.padding = self._mark.last_batch = None
+        self._mark.padding = None
 
     def _expected_remainder(self) -> int:
         return -1
@@ -384,6 +400,10 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         """Whether batches are copied to the device while the ones before are computed on."""
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.look_around()
+        return self._walk()
+
+    def _walk(self) -> Iterator[Any]:
         settle_left(self.gradient_state)
         place = placement(self.device, self._non_blocking or self.prefetches)
         ahead = self.prefetches and place is not None and self.device is not None
@@ -403,8 +423,7 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
                 mark.padding = padding
                 if last:
                     self.end_of_dataloader = mark.finished = True
-                mark.last_batch = batch = batch if place is None else place(batch)
-                yield batch
+                yield batch if place is None else place(batch)
         except GeneratorExit:
             if mark.finished:  # zip, for example, does not ask for more than it needs
                 mark.close()
