@@ -281,7 +281,6 @@ class Accelerator:
 
     def wait_for_everyone(self) -> None:
         """Return once every rank has come. Called on all ranks; collective."""
-        uneven.check_uneven(self._session, "wait_for_everyone")
         self.state.wait_for_everyone()
 
     def main_process_first(self) -> AbstractContextManager[None]:
@@ -499,7 +498,7 @@ class Accelerator:
         if not self._backward_ran:
             self._session.strategy.check_first_backward(self._session.prepared_models)
             self._backward_ran = True
-        uneven.check_uneven(self._session, "backward", joinable=num_items is None)
+        uneven.check_backward(self._session, joinable=num_items is None)
         self._session.windows.backward(loss, num_items, **kwargs)
 
     def clip_grad_norm_(
@@ -586,10 +585,10 @@ class Accelerator:
 
     def check_trigger(self) -> bool:
         """Tell whether any rank has set the flag, and clear it. Called on all ranks; collective."""
-        uneven.check_uneven(self._session, "check_trigger")
         flag = self.flag_tensor if self.flag_tensor is not None else torch.zeros(1, device=self.device)
+        raised = bool(ops.reduce(flag, reduction="sum").item() >= 1)
         self.flag_tensor = None
-        return bool(ops.reduce(flag, reduction="sum").item() >= 1)
+        return raised
 
     def profile(self, profile_handler: ProfileKwargs | None = None) -> AbstractContextManager[Any]:
         """Return a region under `torch.profiler`, which yields the profiler."""
@@ -600,7 +599,6 @@ class Accelerator:
 
     def gather(self, tensor: Any) -> Any:
         """Return the tensors of all ranks joined along dimension 0; see `accelerate.utils.gather`. Collective."""
-        uneven.check_uneven(self._session, "gather")
         return ops.gather(tensor)
 
     def gather_for_metrics(
@@ -614,14 +612,17 @@ class Accelerator:
         Args:
             input_data: Nested tensors with one row (or `k` rows) for each sample, or a list with as many objects, which
                 travel pickled. Tensors without dimensions are one value for each rank.
-            use_gather_object: Send a tensor's rows as objects too.
+            use_gather_object: Send a tensor's rows, or a list with a tensor for each sample, as objects too.
             pad_index: What fills up tensors whose dimensions after the first differ between ranks.
             dataloader: The prepared loader whose batch the data was computed from, where several are iterated side by
                 side; by default the innermost.
 
         Raises:
             SettingError: (a `ValueError`) if it cannot be told what of the data is padding, or which loader it is from.
-            WrongTypeError: (a `TypeError`) with several processes, for a mapping that has to travel as objects.
+            WrongTypeError: (a `TypeError`) with several processes, for a mapping, or a tuple of parts with rows, that
+                would have to travel as objects.
+            DistributedOperationException: If ranks bring different structures, dtypes or numbers of dimensions.
+            UnevenStepError: (a `RuntimeError`) if a rank has no batch in this step of another loop.
         """
         return metrics.gather_for_metrics(
             self.gradient_state, input_data, use_gather_object, pad_index=pad_index, dataloader=dataloader
@@ -629,12 +630,10 @@ class Accelerator:
 
     def reduce(self, tensor: Any, reduction: str = "sum", scale: float = 1.0) -> Any:
         """Return the sum or mean over all ranks, times `scale`; see `accelerate.utils.reduce`. Collective."""
-        uneven.check_uneven(self._session, "reduce")
         return ops.reduce(tensor, reduction, scale)
 
     def pad_across_processes(self, tensor: Any, dim: int = 0, pad_index: int = 0, pad_first: bool = False) -> Any:
         """Pad tensors to the longest of all ranks; see `accelerate.utils.pad_across_processes`. Collective."""
-        uneven.check_uneven(self._session, "pad_across_processes")
         return ops.pad_across_processes(tensor, dim=dim, pad_index=pad_index, pad_first=pad_first)
 
     # Save --------------------------------------------------------------------------------------------------------
@@ -759,7 +758,6 @@ class Accelerator:
         """
         _refuse_keywords("save_state", save_model_func_kwargs)
         session = self._session
-        uneven.check_uneven(session, "save_state")
         if session.scaling is not None:
             session.scaling.update_if_waiting()
         return session_save.save_state(

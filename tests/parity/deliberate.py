@@ -205,6 +205,22 @@ DIFFERENCES = [
         "tests/ranks/test_collectives.py::test_gather_for_metrics_gives_each_sample_once",
     ),
     Difference(
+        "structures_of_objects_in_metrics",
+        "gather_for_metrics((predictions, names)) returns one flat list of the parts of all processes, cut as if it had a "
+        "part for each sample",
+        "is a TypeError with several processes; a list is one object for each sample",
+        "which parts belong to one sample cannot be told, so padding could not be cut",
+        "tests/ranks/test_metrics_ranks.py::test_what_may_be_a_structure_or_one_for_each_sample_is_refused_on_all_ranks",
+    ),
+    Difference(
+        "unlike_results_in_metrics",
+        "gather_for_metrics() of other dtypes, keys or numbers of dimensions on some processes aborts or gives wrong "
+        "numbers; of other lengths too",
+        "all raise DistributedOperationException; lengths may differ",
+        "numbers that nobody computed",
+        "tests/ranks/test_metrics_ranks.py::test_ranks_that_bring_what_cannot_be_joined_all_hear_of_it",
+    ),
+    Difference(
         "join_on_cpu",
         "join_uneven_inputs() warns and does nothing on CPUs",
         "works, and so does its even_batches=",

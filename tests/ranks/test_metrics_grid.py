@@ -250,16 +250,12 @@ def side_by_side(accelerator: Accelerator, pair: tuple[Any, Any]) -> tuple[list[
     """Return what is gathered of each in a common loop."""
     seen: list[list[int]] = [[], []]
     fault = None
-    for step, batches in enumerate(zip(*pair, strict=False)):
+    for batches in zip(*pair, strict=False):
         for loader, batch, found in zip(pair, batches, seen, strict=True):
             named = accelerator.gather_for_metrics(batch + 0, dataloader=loader).tolist()
             found += named
-            if accelerator.gather_for_metrics({"of the batch": batch, "new": batch + 0})["new"].tolist() != named:
-                fault = "a part of the batch does not tell which loader it is from"
-            if step == 0:  # as in a loop inside a loop, the inner loader is meant
-                continue
             try:
-                unnamed = accelerator.gather_for_metrics(batch + 0).tolist()
+                unnamed = accelerator.gather_for_metrics(batch).tolist()
             except SettingError:
                 continue
             if unnamed != named:

@@ -92,6 +92,69 @@ def test_results_of_any_width_are_padded_and_cut():
     run_on_ranks(gather_shapes, 2)
 
 
+def gather_ragged_rows() -> dict[str, Any]:
+    """Gather what a filter left of each batch, in steps that are full and in one with padding."""
+    accelerator = Accelerator()
+    gather = accelerator.gather_for_metrics
+    found: dict[str, Any] = {"filtered": [], "tokens": [], "many": []}
+    for step, batch in enumerate(accelerator.prepare(DataLoader(torch.arange(7), batch_size=2))):
+        found["filtered"] += gather(batch[batch != 2]).tolist()
+        if step == 0:
+            found["tokens"] = gather(torch.arange(3 + 2 * accelerator.process_index)).tolist()
+            # More sizes than one record holds.
+            many = gather([torch.full((1 + accelerator.process_index, 1 + place), place) for place in range(12)])
+            found["many"] = [tuple(item.shape) for item in many]
+        else:
+            found["refused"] = refused(lambda batch=batch: gather(batch[batch != 6]))
+    return found
+
+
+def test_results_of_any_length_are_joined_where_nothing_is_padding():
+    for found in run_on_ranks(gather_ragged_rows, 2):
+        assert found["filtered"] == [0, 1, 3, 4, 5, 6]
+        assert found["tokens"] == [0, 1, 2, 0, 1, 2, 3, 4]
+        assert found["many"] == [(3, 1 + place) for place in range(12)]
+        assert "rank 1: shape (1,) for 2 rows, of which 1 are real" in found["refused"]
+
+
+UNLIKE: dict[str, Callable[[int], Any]] = {
+    "dimensions": lambda rank: torch.zeros(()) if rank else torch.zeros(2),
+    "dtype": lambda rank: torch.zeros(2, dtype=torch.float64 if rank else torch.float32),
+    "integers": lambda rank: torch.zeros(2, dtype=torch.int32 if rank else torch.int64),
+    "number": lambda rank: [torch.zeros(2)] * (1 + rank),
+    "nothing": lambda rank: [] if rank else [torch.zeros(2)],
+    "objects": lambda rank: ["a"] if rank else torch.zeros(2),
+    "keys": lambda rank: {"b": torch.zeros(2)} if rank else {"a": torch.zeros(2)},
+    "order": lambda rank: dict.fromkeys("ba" if rank else "ab", torch.zeros(2)),
+    "mapping": lambda rank: {"a": 1} if rank else ["a"],
+}
+
+
+def gather_unlike() -> dict[str, str]:
+    accelerator = Accelerator()
+    found = {}
+    for name, make in UNLIKE.items():
+        with pytest.raises(DistributedOperationException) as caught:
+            accelerator.gather_for_metrics(make(accelerator.process_index))
+        found[name] = str(caught.value)
+    assert accelerator.gather_for_metrics(torch.ones(1)).tolist() == [1.0, 1.0]  # the ranks meet again
+    return found
+
+
+def test_ranks_that_bring_what_cannot_be_joined_all_hear_of_it():
+    first, second = run_on_ranks(gather_unlike, 2)
+    assert first == second
+    assert list(first) == list(UNLIKE)
+    assert first["dimensions"] == (
+        "gather_for_metrics cannot join what the processes brought:\n"
+        "  - Process 0: 'torch.float32 with 1 dimensions'\n"
+        "  - Process 1: 'torch.float32 with 0 dimensions'\n"
+        "Accepted: the same structure, dtypes and numbers of dimensions on all processes; sizes may differ.\n"
+        "Look for what treats a short batch differently, such as squeeze() in place of squeeze(-1)."
+    )
+    assert "Process 1: one object for each sample" in first["nothing"]
+
+
 def count_exchanges() -> list[int]:
     accelerator = Accelerator()
     talk: Any = state.current().collectives
@@ -109,8 +172,8 @@ def count_exchanges() -> list[int]:
     return counts
 
 
-def test_shapes_are_exchanged_once_and_only_where_they_may_differ():
-    assert run_on_ranks(count_exchanges, 2) == [[1, 2, 1 + 1, 1 + 3]] * 2
+def test_one_small_exchange_comes_before_the_tensors():
+    assert run_on_ranks(count_exchanges, 2) == [[1 + 1, 1 + 2, 1 + 1, 1 + 3]] * 2
 
 
 # What cannot be cut ----------------------------------------------------------------------------------------------
@@ -266,6 +329,45 @@ def test_objects_are_cut_by_each_ranks_rows():
     run_on_ranks(gather_objects, 2)
 
 
+class Pair(NamedTuple):
+    """Texts that belong to all samples."""
+
+    first: str
+    second: str
+
+
+def gather_structures() -> list[str]:
+    accelerator = Accelerator()
+    gather = accelerator.gather_for_metrics
+    stand = in_step(accelerator, (2, 2), (2, 1))
+    rows, boxes = torch.arange(2) + 2 * accelerator.process_index, torch.ones(4, 1)
+    found = []
+    for data in ((rows, ["a", "b"]), [rows, ["a", "b"]], (["a", "b"], ["c", "d"]), Pair("a", "b"), {"a": "b"}):
+        with pytest.raises(TypeError) as caught:
+            gather(data)
+        found.append(str(caught.value))
+    for data in ([boxes, boxes], {"boxes": [boxes, boxes]}, [{"box": boxes}, {"box": boxes}], [rows.sum(), rows.sum()]):
+        found.append(refused(lambda data=data: gather(data)))
+    # What is one or the other for sure is cut right.
+    assert [item.shape for item in gather([boxes, boxes], use_gather_object=True)] == [(4, 1)] * 3
+    assert gather(["ab", "cd"]) == ["ab", "cd", "ab"]
+    assert gather([("a", 1), ("b", 2)]) == [("a", 1), ("b", 2), ("a", 1)]
+    assert [item.tolist() for item in gather([rows, rows])] == [[0, 1, 2]] * 2
+    assert [len(item) for item in gather((boxes, rows.sum()))] == [6, 2]
+    stand.padding = Padding((3, 3), (3, 2))
+    assert [len(item) for item in gather([torch.ones(6), torch.ones(3)])] == [10, 5]
+    return found
+
+
+def test_what_may_be_a_structure_or_one_for_each_sample_is_refused_on_all_ranks():
+    first, second = run_on_ranks(gather_structures, 2)
+    assert first == second
+    assert first[0].startswith("gather_for_metrics got a tuple of Tensor, list, which would have to travel as objects")
+    assert "pass list(data) if it has one object for each sample" in first[2]
+    assert "a dict with the keys ['a']" in first[4]
+    assert all("Pass use_gather_object=True if there is one part for each sample" in text for text in first[5:])
+
+
 # Dispatching -----------------------------------------------------------------------------------------------------
 
 
@@ -397,9 +499,8 @@ def evaluate_inside_training() -> dict[str, Any]:
         found["trained"] += accelerator.gather_for_metrics(batch + 0).tolist()
     for step, pair in enumerate(zip(training, evaluation, strict=False)):
         if step == 1:
-            found["unnamed"] = refused(lambda pair=pair: accelerator.gather_for_metrics(pair[0] + 0))
+            found["unnamed"] = refused(lambda pair=pair: accelerator.gather_for_metrics(pair[0]))
             found["named"] = accelerator.gather_for_metrics(pair[1] + 0, dataloader=evaluation).tolist()
-            found["batch"] = accelerator.gather_for_metrics(pair[1]).tolist()
     return found
 
 
@@ -407,8 +508,54 @@ def test_evaluation_inside_training_and_beside_it():
     for found in run_on_ranks(evaluate_inside_training, 2):
         assert found["evaluations"] == [list(range(7))] * 3
         assert found["trained"] == list(range(10))
-        assert found["named"] == found["batch"] == [4, 5, 6]
+        assert found["named"] == [4, 5, 6]
         assert "Pass dataloader=" in found["unnamed"]
+
+
+def interleave(size: int, other: int, ahead: bool) -> list[str]:
+    """Go round a loader of `other` samples beside one of `size`, and gather of the first, in each step."""
+    accelerator = Accelerator()
+    loader, beside = accelerator.prepare(*[DataLoader(torch.arange(count), batch_size=2) for count in (size, other)])
+    batches = iter(beside) if ahead else None
+    found = []
+    for batch in loader:
+        batches = iter(beside) if batches is None else batches
+        try:
+            next(batches)
+        except StopIteration:
+            batches = iter(beside)
+            next(batches)
+        try:
+            found.append(str(accelerator.gather_for_metrics(batch + 0).tolist()))
+        except SettingError:
+            found.append("refused")
+    return found
+
+
+def zipped(sizes: tuple[int, int]) -> list[str]:
+    accelerator = Accelerator()
+    loaders = accelerator.prepare(*[DataLoader(torch.arange(size), batch_size=2) for size in sizes])
+    found = []
+    for first, _ in zip(*loaders, strict=False):
+        try:
+            found.append(str(accelerator.gather_for_metrics(first + 0).tolist()))
+        except SettingError:
+            found.append("refused")
+    return found
+
+
+def test_loops_side_by_side_are_told_from_nested_ones_in_their_first_step():
+    assert run_on_ranks(zipped, 2, (3, 8)) == [["refused"]] * 2
+    assert run_on_ranks(zipped, 2, (8, 3)) == [["refused"]] * 2
+    assert run_on_ranks(zipped, 2, (3, 3)) == [["[0, 1, 2]"]] * 2
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_loader_that_goes_round_beside_another_one_is_never_taken_for_it(ahead):
+    full = [str(list(range(start, start + 4))) for start in range(0, 16, 4)]
+    assert run_on_ranks(interleave, 2, 16, 7, ahead) == [[full[0], "refused", full[2], "refused"]] * 2
+    # The first is short where the other one begins again.
+    assert run_on_ranks(interleave, 2, 11, 8, ahead) == [[*full[:2], "refused"]] * 2
 
 
 # Debug mode ------------------------------------------------------------------------------------------------------
@@ -421,10 +568,9 @@ def gather_in_debug_mode() -> list[str]:
     tokens = torch.full((2, 2 + rank), rank)
     assert accelerator.gather_for_metrics(tokens).shape == (6, 4)
     found = []
-    for data in ({"a": tokens} if rank else {"b": tokens}, tokens.float() if rank else tokens, tokens[None, rank:]):
-        with pytest.raises(DistributedOperationException) as caught:
-            accelerator.gather_for_metrics(data if not isinstance(data, torch.Tensor) or rank else data.flatten(0, -2))
-        found.append(str(caught.value))
+    with pytest.raises(DistributedOperationException) as caught:
+        (accelerator.gather if rank == 1 else accelerator.gather_for_metrics)(torch.ones(1))
+    found.append(str(caught.value))
     for batch in accelerator.prepare(DataLoader(torch.arange(10), batch_size=2)):
         last = accelerator.gather_for_metrics(batch[:, None]).flatten().tolist()
         with pytest.raises(DistributedOperationException) as caught:
@@ -434,11 +580,9 @@ def gather_in_debug_mode() -> list[str]:
     return found
 
 
-def test_debug_mode_compares_all_but_sizes_among_the_ranks_in_the_loop():
+def test_debug_mode_compares_operations_among_the_ranks_in_the_loop():
     found = run_on_ranks(gather_in_debug_mode, 3)
-    keys, dtypes, dimensions = found[0][:3]
-    assert "Process 1: gather_for_metrics of {'a': ('2 dimensions', 'int64')}" in keys
-    assert "Process 1: gather_for_metrics of ('2 dimensions', 'float32')" in dtypes
-    assert "('3 dimensions', 'int64')" in dimensions
-    assert found[0][3].count("Process") == 2  # the third has left the loop
-    assert [result[4] for result in found] == ["[6, 7, 8, 9]", "[6, 7, 8, 9]", "[0, 1, 2, 3, 4, 5]"]
+    assert "Process 0: gather_for_metrics" in found[0][0]
+    assert "Process 1: gather of " in found[0][0]
+    assert found[0][1].count("Process") == 2  # the third has left the loop
+    assert [result[2] for result in found] == ["[6, 7, 8, 9]", "[6, 7, 8, 9]", "[0, 1, 2, 3, 4, 5]"]

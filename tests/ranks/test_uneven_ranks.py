@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import tempfile
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import torch._dynamo  # optimizers load it: here, and not in each of the process
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState, utils
 from accelerate.data.agreement import AgreementError
 from accelerate.session.uneven import UnevenStepError
 from accelerate.state import AcceleratorState, GradientState
@@ -206,28 +207,46 @@ def test_a_rank_that_left_does_not_wait_for_one_that_raised(then: str, other: st
 
 # Other collectives in such a step --------------------------------------------------------------------------------------
 
-CALLS: dict[str, Callable[[Accelerator], Any]] = {
-    "gather": lambda accelerator: accelerator.gather(torch.ones(1)),
-    "reduce": lambda accelerator: accelerator.reduce(torch.ones(1)),
-    "pad_across_processes": lambda accelerator: accelerator.pad_across_processes(torch.ones(1)),
-    "wait_for_everyone": lambda accelerator: accelerator.wait_for_everyone(),
-    "check_trigger": lambda accelerator: accelerator.check_trigger(),
+
+def take_turns(accelerator: Accelerator) -> None:
+    with accelerator.main_process_first():
+        pass
+
+
+CALLS: dict[str, tuple[str, Callable[[Accelerator], Any]]] = {
+    "gather": ("gather", lambda accelerator: accelerator.gather(torch.ones(1))),
+    "reduce": ("reduce", lambda accelerator: accelerator.reduce(torch.ones(1))),
+    "pad": ("pad_across_processes", lambda accelerator: accelerator.pad_across_processes(torch.ones(1))),
+    "wait_for_everyone": ("barrier", lambda accelerator: accelerator.wait_for_everyone()),
+    "check_trigger": ("reduce", lambda accelerator: accelerator.check_trigger()),
+    "utils.gather": ("gather", lambda accelerator: utils.gather(torch.ones(1))),
+    "utils.gather_object": ("all_gather_object", lambda accelerator: utils.gather_object([1])),
+    "utils.broadcast": ("broadcast", lambda accelerator: utils.broadcast(torch.ones(1))),
+    "utils.broadcast_object_list": ("broadcast_object", lambda accelerator: utils.broadcast_object_list([1])),
+    "PartialState": ("barrier", lambda accelerator: PartialState().wait_for_everyone()),
+    "main_process_first": ("barrier", lambda accelerator: take_turns(accelerator)),
+    "save_model": ("all_gather_object", lambda accelerator: accelerator.save_model(unit(), tempfile.mkdtemp())),
+    "save_state": ("broadcast_object", lambda accelerator: accelerator.save_state(tempfile.mkdtemp())),
+    "prepare": ("prepare", lambda accelerator: accelerator.prepare(unit())),
 }
+SAVES = {"save_model", "save_state"}
+"""What is left out in a step with all ranks, which write to a folder of each here."""
 
 
 def collective(join: bool) -> dict[str, tuple[list[str], list[float]]]:
     found = {}
-    for name, call in CALLS.items():
+    for name, (_, call) in CALLS.items():
         accelerator = fresh()
         model = unit()
         model, loader = accelerator.prepare(model, numbers(5, batch_size=2))
         said = []
         with accelerator.join_uneven_inputs([model]) if join else nullcontext():
-            for batch in loader:
+            for step, batch in enumerate(loader):
                 if join:
                     accelerator.backward(model(batch).sum())
                 try:
-                    call(accelerator)
+                    if step or name not in SAVES:
+                        call(accelerator)
                     said.append("done")
                 except UnevenStepError as error:
                     said.append(str(error))
@@ -242,10 +261,66 @@ def test_collectives_without_all_ranks_raise_at_once(join: bool) -> None:
     assert list(first) == list(CALLS)
     for name, (said, gathered) in first.items():
         assert said[0] == "done"
-        assert said[1].startswith(f"{name} was called in a step in which rank 1 has no batch")
+        assert said[1].startswith(f"{CALLS[name][0]} was called in a step in which rank 1 has no batch")
         assert "join_uneven_inputs" not in said[1], "it would not help"
         assert second[name] == (["done"], gathered)
         assert gathered == [0.0, 1.0]
+
+
+def no_guard() -> tuple[bool, bool]:
+    accelerator = fresh(even=True)
+    talk = accelerator.state._runtime.collectives
+    accelerator.prepare(numbers(5, batch_size=2), unit())
+    before = talk.guard is None
+    fresh().prepare(numbers(5, batch_size=2))
+    return before, talk.guard is None
+
+
+def test_runs_without_uneven_loaders_are_not_asked() -> None:
+    assert run_on_ranks(no_guard, 2, timeout=SECONDS) == [(True, False)] * 2
+
+
+def evaluates_inside(join: bool, shuffle: bool) -> tuple[list[int], str, float]:
+    accelerator = fresh()
+    model = unit()
+    model, training, evaluation = accelerator.prepare(
+        model, numbers(5, batch_size=2), numbers(8, batch_size=2, shuffle=shuffle)
+    )
+    seen, said = [], ""
+    with accelerator.join_uneven_inputs([model]) if join else nullcontext():
+        for batch in training:
+            if join:
+                accelerator.backward(model(batch).sum())
+            try:
+                seen.append(sum(len(accelerator.gather_for_metrics(some)) for some in evaluation))
+            except UnevenStepError as error:
+                said = str(error)
+    return seen, said, accelerator.gather(torch.ones(1)).sum().item()
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("join", [False, True])
+def test_evaluation_inside_a_step_without_all_ranks_raises_at_once(join: bool, shuffle: bool) -> None:
+    first, second = run_on_ranks(evaluates_inside, 2, join, shuffle, timeout=SECONDS)
+    operation = "broadcast_object" if shuffle else "gather_for_metrics"  # the order is rank 0's
+    assert first[1].startswith(f"{operation} was called in a step in which rank 1 has no batch")
+    assert (first[0], first[2]) == ([8], 2.0)
+    assert second == ([8], "", 2.0)
+
+
+def zips_uneven_loaders() -> list[Any]:
+    accelerator = fresh()
+    loaders = accelerator.prepare(numbers(5, batch_size=2), numbers(6, batch_size=2))
+    return [
+        accelerator.gather_for_metrics(batches[0], dataloader=loaders[0]).flatten().tolist()
+        for batches in zip(*loaders, strict=False)
+    ]
+
+
+def test_loops_side_by_side_that_the_same_rank_has_left_go_on() -> None:
+    first, second = run_on_ranks(zips_uneven_loaders, 2, timeout=SECONDS)
+    assert first == [[1.0, 2.0, 3.0, 4.0], [5.0]]
+    assert second == [[1.0, 2.0, 3.0, 4.0]]
 
 
 # Evaluation ------------------------------------------------------------------------------------------------------------

@@ -6,10 +6,13 @@ Leaf operations only: nested containers are walked above, in `runtime.ops`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+Guard = Callable[[str, Sequence[int] | None], None]
+"""Raises to refuse an operation: which, and who takes part, `None` for all ranks."""
 
 
 class Collectives(ABC):
@@ -17,6 +20,8 @@ class Collectives(ABC):
 
     rank: int = 0
     world_size: int = 1
+    guard: Guard | None = None
+    """Asked before ranks talk."""
 
     @abstractmethod
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -59,6 +64,13 @@ class Collectives(ABC):
         """
 
     @abstractmethod
+    def gather_numbers_among(self, numbers: Sequence[int], ranks: Sequence[int]) -> list[list[int]]:
+        """Return the numbers of some ranks, as many on each, in order of rank. Called on these ranks only.
+
+        They travel between CPUs where the group can: no device is waited for.
+        """
+
+    @abstractmethod
     def gather_object_among(self, obj: Any, ranks: Sequence[int]) -> list[Any]:
         """Return the objects of some ranks, in order of rank. Called on these ranks only, as `gather_among` is."""
 
@@ -70,13 +82,16 @@ class Collectives(ABC):
     def barrier(self) -> None:
         """Return once every rank has come."""
 
-    def check(self, operation: str, data: Any, *, ranks: Sequence[int] | None = None, sizes: bool = True) -> None:
-        """Compare `data` over the ranks before `operation`; only debug mode does.
+    def check(self, operation: str, data: Any, *, ranks: Sequence[int] | None = None) -> None:
+        """Ask the guard, and in debug mode compare `data` over the ranks, before `operation`.
 
         Args:
             operation: What follows, for the message.
             data: What this rank brings.
             ranks: Who takes part, if not all do.
-            sizes: Whether tensors must have the same shape, or only the same number of dimensions.
         """
-        return None
+        self._ask(operation, ranks)
+
+    def _ask(self, operation: str, ranks: Sequence[int] | None = None) -> None:
+        if self.guard is not None:
+            self.guard(operation, ranks)

@@ -12,7 +12,7 @@ import torch
 
 from ..core.errors import DistributedOperationException, explain
 from ..core.tree import tree_map
-from .base import Collectives
+from .base import Collectives, Guard
 
 
 class CheckedCollectives(Collectives):
@@ -23,13 +23,22 @@ class CheckedCollectives(Collectives):
         self.rank = inner.rank
         self.world_size = inner.world_size
 
-    def check(self, operation: str, data: Any, *, ranks: Sequence[int] | None = None, sizes: bool = True) -> None:
+    @property
+    def guard(self) -> Guard | None:
+        return self.inner.guard
+
+    @guard.setter
+    def guard(self, guard: Guard | None) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self.inner.guard = guard
+
+    def check(self, operation: str, data: Any, *, ranks: Sequence[int] | None = None) -> None:
         """Raise on every rank unless all came with the same operation, structure, shapes and dtypes.
 
         Raises:
             DistributedOperationException: With the operation and shapes of each rank.
         """
-        mine = operation, repr(tree_map(_describe if sizes else _describe_without_sizes, data))
+        self.inner.check(operation, data, ranks=ranks)
+        mine = operation, repr(tree_map(_describe, data))
         brought = self.inner.all_gather_object(mine) if ranks is None else self.inner.gather_object_among(mine, ranks)
         if all(item == brought[0] for item in brought):
             return
@@ -63,6 +72,9 @@ class CheckedCollectives(Collectives):
     def gather_among(self, tensor: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
         return self.inner.gather_among(tensor, ranks)
 
+    def gather_numbers_among(self, numbers: Sequence[int], ranks: Sequence[int]) -> list[list[int]]:
+        return self.inner.gather_numbers_among(numbers, ranks)
+
     def gather_object_among(self, obj: Any, ranks: Sequence[int]) -> list[Any]:
         return self.inner.gather_object_among(obj, ranks)
 
@@ -76,10 +88,4 @@ class CheckedCollectives(Collectives):
 def _describe(leaf: Any) -> Any:
     if isinstance(leaf, torch.Tensor):
         return (tuple(leaf.shape), str(leaf.dtype).removeprefix("torch."))
-    return type(leaf).__name__
-
-
-def _describe_without_sizes(leaf: Any) -> Any:
-    if isinstance(leaf, torch.Tensor):
-        return (f"{leaf.dim()} dimensions", str(leaf.dtype).removeprefix("torch."))
     return type(leaf).__name__

@@ -31,6 +31,9 @@ class SingleProcess(Collectives):
     def gather_among(self, tensor: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
         return tensor
 
+    def gather_numbers_among(self, numbers: Sequence[int], ranks: Sequence[int]) -> list[list[int]]:
+        return [list(numbers)]
+
     def gather_object_among(self, obj: Any, ranks: Sequence[int]) -> list[Any]:
         return [obj]
 

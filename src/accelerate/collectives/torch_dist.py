@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..topology import connect
 from .base import Collectives
 
 # Torch 2.13 renames the call; the old name warns there, the new one is absent before.
@@ -36,19 +37,23 @@ class TorchCollectives(Collectives):
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._sends_directly = dist.get_backend() == "gloo"
+        self._number_device = torch.device("cpu") if "gloo" in connect.group_backend() else device
         self._barrier_options: dict[str, Any] = {"device_ids": [device.index]} if dist.get_backend() == "nccl" else {}
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._ask("all_gather")
         tensor = _as_rows(tensor)
         joined = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
         _all_gather_single(joined, tensor)
         return joined
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> torch.Tensor:
+        self._ask("broadcast")
         dist.broadcast(tensor, src)
         return tensor
 
     def all_reduce(self, tensor: torch.Tensor, mean: bool = False) -> torch.Tensor:
+        self._ask("all_reduce")
         dist.all_reduce(tensor)
         if mean:
             return (
@@ -59,15 +64,18 @@ class TorchCollectives(Collectives):
         return tensor
 
     def scatter(self, output: torch.Tensor, inputs: Sequence[torch.Tensor] | None, src: int = 0) -> torch.Tensor:
+        self._ask("scatter")
         dist.scatter(output, None if inputs is None else list(inputs), src)
         return output
 
     def all_gather_object(self, obj: Any) -> list[Any]:
+        self._ask("all_gather_object")
         objects: list[Any] = [None] * self.world_size
         dist.all_gather_object(objects, obj)
         return objects
 
     def gather_among(self, tensor: torch.Tensor, ranks: Sequence[int]) -> torch.Tensor:
+        self._ask("gather_among", ranks)
         tensor = _as_rows(tensor)
         if len(ranks) == self.world_size and not (
             self._sends_directly and len(ranks) <= _FEW_RANKS and tensor.nbytes <= _SMALL_BYTES
@@ -88,7 +96,12 @@ class TorchCollectives(Collectives):
             work.wait()
         return parts.flatten(0, 1)
 
+    def gather_numbers_among(self, numbers: Sequence[int], ranks: Sequence[int]) -> list[list[int]]:
+        mine = torch.tensor([numbers], device=self._number_device)
+        return self.gather_among(mine, ranks).tolist()
+
     def gather_object_among(self, obj: Any, ranks: Sequence[int]) -> list[Any]:
+        self._ask("gather_object_among", ranks)
         if len(ranks) == self.world_size:
             return self.all_gather_object(obj)
         first, *others = ranks
@@ -107,11 +120,13 @@ class TorchCollectives(Collectives):
         return objects
 
     def broadcast_object(self, obj: Any, src: int = 0) -> Any:
+        self._ask("broadcast_object")
         box = [obj]
         dist.broadcast_object_list(box, src)
         return box[0]
 
     def barrier(self) -> None:
+        self._ask("barrier")
         dist.barrier(**self._barrier_options)
 
 

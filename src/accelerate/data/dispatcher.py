@@ -32,7 +32,8 @@ from ..runtime.rng import synchronize_rng_states
 from ..runtime.state import Runtime
 from .agreement import settle_left
 from .cutting import Cut, Cutter, Shares, count_rows
-from .loader import NOTHING, DataLoaderAdapter, DataLoaderStateMixin, placement
+from .loader import NOTHING, DataLoaderAdapter, placement
+from .loop import DataLoaderStateMixin
 from .packing import Layout, allocate, pack, read_header, unpack
 from .position import Place
 from .protocol import (
@@ -160,6 +161,10 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         return mesh[axis] if mesh is not None and axis in (mesh.mesh_dim_names or ()) else None
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.look_around()
+        return self._walk()
+
+    def _walk(self) -> Iterator[Any]:
         runtime = state.current_or_single()
         settle_left(self.gradient_state)
         place, mark = self._placement(runtime), self._mark
@@ -175,9 +180,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
                     self.remainder = given.observed
                 mark.padding = given.padding
                 mark.steps_given += 1
-                mark.last_batch = given.batch if place is None else place(given.batch)
-                yield mark.last_batch
-                mark.last_batch = None  # not held while the next one is made
+                yield given.batch if place is None else place(given.batch)
                 if mark.loads != loads:
                     self._check_loads(loads)
         except GeneratorExit:

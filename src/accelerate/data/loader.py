@@ -11,7 +11,6 @@ underneath, and a state for resuming is taken before that next one is asked for.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -21,13 +20,14 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from .. import hardware
 from ..core.enums import RNGType
-from ..core.errors import CheckpointError, SettingError, explain
+from ..core.errors import SettingError, explain
 from ..runtime import state
 from ..runtime.accumulation import GradientState
 from ..runtime.ops import send_to_device
 from ..runtime.rng import synchronize_rng_states
 from .agreement import Agreement, settle_left
-from .position import Bookmark, Place, Position
+from .loop import DataLoaderStateMixin
+from .position import Bookmark, Place
 from .prefetch import prefetched
 from .reader import FedLoader, Reader
 from .samplers import (
@@ -37,7 +37,6 @@ from .samplers import (
     known_batch_size,
     num_samples_of,
 )
-from .shards import Padding
 from .stateful import make_stateful_loader
 from .under import shard_of
 
@@ -79,7 +78,8 @@ class DataLoaderAdapter(DataLoader[Any]):
         self.skip_batches = 0
         self._resumes = False
         self._base_counts = True
-        self.steps_before: dict[int, int] = {}
+        self._loops_around: dict[int, int] = {}
+        self._loops_beside: dict[int, int] = {}
         self.replaces: Place | None = None
         """A restored place that the batches to skip were told in place of."""
         self._mark = Bookmark()
@@ -235,156 +235,6 @@ def innermost_sampler(sampler: Any) -> Any:
     return sampler
 
 
-class DataLoaderStateMixin:
-    """What accumulation, metrics and checkpoints read from the loader a loop runs over.
-
-    `end_of_dataloader` is true during the last batch. `remainder` is the number of real samples in the last global
-    batch: 0 when it is full, -1 when that is not known.
-    """
-
-    end_of_dataloader = False
-    remainder = -1
-    gradient_state: GradientState
-    global_batch: Any = None
-    """How batches make up global ones, where their size is set."""
-    lacks_global_batch: int | None = None
-    """The global batch size that is set, where this loader's batches cannot make it up."""
-    shard_index = 0
-    """Which data shard this process reads."""
-    shard_count = 1
-    looks_ahead = False
-    """Whether it finds out by itself which batch is the last."""
-    reads_per_step = 1
-    """How many batches are read for one step."""
-    _mark: Bookmark
-    _reader: Reader
-    _left_early = 0
-    steps_before: dict[int, int]
-    """How many batches each loader around this one had given when its pass began, by identity."""
-
-    @property
-    def iteration(self) -> int:
-        """The number of the pass that runs, or comes next. Loaders that `skip_first_batches` returns share it."""
-        return self._mark.iteration
-
-    @iteration.setter
-    def iteration(self, value: int) -> None:
-        self._mark.iteration = value
-
-    @property
-    def padding(self) -> Padding | None:
-        """What each data shard got in the step of the last batch, where that was not the same for all."""
-        return self._mark.padding
-
-    @padding.setter
-    def padding(self, value: Padding | None) -> None:
-        self._mark.padding = value
-
-    @property
-    def last_batch(self) -> Any:
-        """The batch given last; `None` outside a pass."""
-        return self._mark.last_batch
-
-    @last_batch.setter
-    def last_batch(self, value: Any) -> None:
-        self._mark.last_batch = value
-
-    @property
-    def steps_given(self) -> int:
-        """How many batches the loader has given in all its passes."""
-        return self._mark.steps_given
-
-    @steps_given.setter
-    def steps_given(self, value: int) -> None:
-        self._mark.steps_given = value
-
-    @property
-    def position(self) -> Position:
-        """Where outer loops start: after `load_state` where the run was, else where the loader is."""
-        epoch, place, done = self._mark.now()
-        return Position(epoch, *((0, 0) if place is None else self._reader.progress(place, done)))
-
-    def steps_of(self, batches: int) -> int:
-        """Return how many steps are made of so many batches of the source."""
-        return batches
-
-    def batches_ahead(self) -> int | None:
-        """Return how many batches of the pass follow the one given last; `None` if that is not known."""
-        return 0 if self.end_of_dataloader else None
-
-    def reset(self) -> None:
-        """Forget what is known of the last batch."""
-        self.end_of_dataloader = False
-        self.remainder = -1
-        self._mark.padding = self._mark.last_batch = None
-
-    def begin(self) -> None:
-        """Start a pass: this is the innermost loader now."""
-        for _ in range(self._left_early):  # a pass that was broken off left it among the active ones
-            self.gradient_state._remove_dataloader(self)
-        self._left_early = 0
-        self.reset()
-        self.remainder = self._expected_remainder()
-        around = [loader for loader in self.gradient_state.dataloader_references if loader is not None]
-        self.steps_before = {id(loader): getattr(loader, "steps_given", 0) for loader in around if loader is not self}
-        self.gradient_state._add_dataloader(self)
-
-    def end(self) -> None:
-        """End a pass: the loader around this one, if any, is the innermost again."""
-        self.gradient_state._remove_dataloader(self)
-        self.reset()
-
-    def leave(self) -> None:
-        """Take note that the loop was broken off; it stays the active loader until it begins again.
-
-        A loop inside another one, such as an evaluation of some batches, begins anew after a resume as it does in this
-        run; any other goes on where it was.
-        """
-        around = [loader for loader in self.gradient_state.dataloader_references if loader not in (None, self)]
-        if any(
-            self.steps_before.get(id(loader)) == getattr(loader, "steps_given", 0)
-            and not getattr(loader, "_left_early", 0)
-            for loader in around
-        ):
-            self._mark.place = None
-        self._left_early += 1
-        self._mark.padding = self._mark.last_batch = None
-
-    def _take_pending(self) -> tuple[Place | None, int]:
-        """Return where the pass that begins now continues, and how often places were restored until then."""
-        mark = self._mark
-        if (
-            mark.pending is None
-            and mark.place is not None
-            and mark.continues
-            and mark.given == 1
-            and not self.steps_before
-        ):
-            warnings.warn(
-                f"{type(self).__name__} begins epoch {mark.iteration} anew, and was to continue in the middle of it: a "
-                "loop that began where load_state left it was left after one batch. To look at a batch without using "
-                "up the place, do it before load_state.",
-                stacklevel=4,
-            )
-        pending, mark.pending = mark.pending, None
-        mark.continues = pending is not None
-        return pending, mark.loads
-
-    def _check_loads(self, loads: int) -> None:
-        if self._mark.loads != loads:
-            raise CheckpointError(
-                explain(
-                    "load_state was called inside a loop over a loader that it put back: this loop would go on where it "
-                    "was, and the samples that were put back would be left out.",
-                    accepted="load_state outside of loops over prepared loaders, or followed by leaving the loop",
-                    remedy="Break out of the loop after load_state, and begin it again.",
-                )
-            )
-
-    def _expected_remainder(self) -> int:
-        return -1
-
-
 class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
     """A loader that gives this process its share of the data, on its device.
 
@@ -432,6 +282,10 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         """Whether batches are copied to the device while the ones before are computed on."""
 
     def __iter__(self) -> Iterator[Any]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        self.look_around()
+        return self._walk()
+
+    def _walk(self) -> Iterator[Any]:
         settle_left(self.gradient_state)
         place = placement(self.device, self._non_blocking or self.prefetches)
         ahead = self.prefetches and place is not None and self.device is not None
@@ -453,8 +307,7 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
                 mark.padding = padding
                 if last:
                     self.end_of_dataloader = mark.finished = True
-                mark.last_batch = batch = batch if place is None else place(batch)
-                yield batch
+                yield batch if place is None else place(batch)
                 if mark.loads != loads:
                     self._check_loads(loads)
         except GeneratorExit:

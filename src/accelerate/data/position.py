@@ -152,7 +152,6 @@ class Bookmark:
         self.snapshots: deque[dict[str, Any]] = deque()
         """States that the dataset had in this pass; it may read ahead of the loop."""
         self.padding: Padding | None = None
-        self.last_batch: Any = None
         self.steps_given = 0
         self.continues = False
         """Whether the pass began at a place that was restored."""
@@ -168,7 +167,7 @@ class Bookmark:
 
     def close(self) -> None:
         """End a pass that was read to its end."""
-        self.place, self.given, self.finished, self.last_batch = None, 0, False, None
+        self.place, self.given, self.finished = None, 0, False
         self.iteration += 1
 
     def now(self) -> tuple[int, Place | None, int]:

@@ -12,7 +12,8 @@ from ..core.errors import SettingError, explain
 from ..runtime.accumulation import GradientState
 from .agreement import Agreement
 from .dispatcher import DataLoaderDispatcher
-from .loader import DataLoaderAdapter, DataLoaderShard, DataLoaderStateMixin
+from .loader import DataLoaderAdapter, DataLoaderShard
+from .loop import DataLoaderStateMixin
 from .prepare import is_stateful, loader_arguments
 from .samplers import SkipBatchSampler
 from .stateful import make_stateful_loader

@@ -53,6 +53,7 @@ class DataParallel(Strategy):
             if slot.evaluation_only:
                 continue
             if any(parameter.requires_grad for parameter in slot.result.parameters()):
+                plan.runtime.collectives.check("prepare", None)  # torch's wrapper talks by itself
                 slot.result = _wrap(slot.result, plan, options, placed=slot.place)
 
     def is_complete(self, model: torch.nn.Module) -> bool:

@@ -8,17 +8,29 @@ In a step with padding the padded rows are the last ones of a rank's batch. So a
 `k` entries for each row keeps `k` times as many as the rank has real rows; `k` is the same on all ranks, or which
 entry belongs to which row were a guess. A value without rows counts once for each rank that has a real row. A
 mean that was spread over the configured batch size, `loss.repeat(batch_size)`, where the batch is shorter than that,
-counts once for each real row, on one process too: so the mean over an epoch weighs every sample alike. Anything else
-raises, on all ranks, since all know the shapes of all.
+counts once for each real row, on one process too: so the mean over an epoch weighs every sample alike. In other
+steps nothing is cut, and what ranks bring is joined by its length, whatever that is.
+
+[Note: structure or one for each sample]
+Tensors may be nested in any way: a container of them is a structure. What travels as objects is a list with one object
+for each sample, and is not looked into. Where the one could be the other, it is refused: objects in a mapping, a tuple
+of parts that have rows themselves, a list of tensors beside other things; and, in a step with padding, a list of as
+many tensors as there are rows whose tensors do not have one row for each of them.
+
+[Note: one record first]
+Each rank first tells what it brings, in one record of a fixed size: whether it comes with tensors or objects, the
+structure and dtypes, and the sizes. Tensors of which only sizes differ are padded to a common shape, and cut after;
+where anything else differs all ranks know, and raise. The record costs one exchange of 128 bytes for each call.
 
 [Note: who takes part]
 A rank without a batch in this step has left the loop, and may wait in another collective. So where there is one, the
-others talk point to point.
+others talk point to point. They raise instead if that rank is missing in another loop than the one that is meant,
+around it for example: what it had to bring is not there.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +38,8 @@ from typing import Any
 import torch
 
 from ..collectives import Collectives
-from ..core.errors import SettingError, WrongTypeError, explain
-from ..core.tree import tree_leaves, tree_map
+from ..core.errors import DistributedOperationException, SettingError, WrongTypeError, explain
+from ..core.tree import is_namedtuple, tree_leaves, tree_map
 from ..data.agreement import settle_left
 from ..data.dispatcher import shards_of_ranks
 from ..data.shards import Padding
@@ -54,7 +66,10 @@ def gather_for_metrics(
 
     Raises:
         SettingError: (a `ValueError`) if it cannot be told what of the data is padding, or which loader it is from.
-        WrongTypeError: (a `TypeError`) with several processes, for a mapping that has to travel as objects.
+        WrongTypeError: (a `TypeError`) with several processes, for a mapping, or a tuple of parts with rows, that would
+            have to travel as objects.
+        DistributedOperationException: If ranks bring different structures, dtypes or numbers of dimensions.
+        UnevenStepError: (a `RuntimeError`) if a rank has no batch in this step of another loop.
     """
     settle_left(gradient_state)
     active = [loader for loader in gradient_state.dataloader_references if loader is not None]
@@ -72,36 +87,31 @@ def gather_for_metrics(
     as_objects = use_gather_object or not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves)
     runtime = state.current_or_single()
     if runtime.process.world_size == 1:
-        return input_data if as_objects else _without_excess(dataloader or next(reversed(active), None), input_data)
-    if as_objects and isinstance(input_data, Mapping):
-        raise WrongTypeError(
-            explain(
-                f"gather_for_metrics got a {type(input_data).__name__} that has to travel as objects, with the keys "
-                f"{list(input_data)!r:.80}: which of its parts belong to one sample cannot be told.",
-                accepted="nested tensors, or a list with one object for each sample",
-                remedy="Gather its values one after the other.",
-            )
-        )
-    loader = choose_loader(active, input_data) if dataloader is None else dataloader
+        loader = next(reversed(active), None) if dataloader is None else dataloader
+        return input_data if as_objects else _without_excess(loader, input_data)
+    loader = choose_loader(active) if dataloader is None else dataloader
     step = step_of(loader, runtime.process.rank, runtime.process.world_size)
-    if as_objects:
-        return _gather_objects(runtime.collectives, step, input_data)
-    return _gather_tensors(runtime.collectives, step, input_data, leaves, pad_index)
+    talk = runtime.collectives
+    if not as_objects:
+        return _gather_tensors(talk, step, input_data, leaves, pad_index)
+    kind = _kind_of_objects(input_data, by_wish=use_gather_object)
+    _exchange(talk, step, kind)
+    if kind != _OBJECTS:
+        raise WrongTypeError(_no_rows_told(kind))
+    return _gather_objects(talk, step, input_data)
 
 
 # Which loader -----------------------------------------------------------------------------------------------------
 
 
-def choose_loader(active: Sequence[Any], data: Any) -> Any:
-    """Return the loader whose step `data` comes from; `None` if none is iterated.
+def choose_loader(active: Sequence[Any]) -> Any:
+    """Return the loader whose step is meant; `None` if none is iterated.
 
     Several at once are a loop inside a loop (evaluation inside training: the inner one is meant), or loops side by
-    side, such as `zip(first, second)`. Which of these can be told once an outer loader has given a batch after the
-    inner one began.
+    side, such as `zip(first, second)`; see `is_inside` of loaders.
 
     Args:
         active: The loaders being iterated, outermost first.
-        data: What is gathered.
 
     Raises:
         SettingError: (a `ValueError`) for loops side by side whose steps are padded differently.
@@ -109,33 +119,23 @@ def choose_loader(active: Sequence[Any], data: Any) -> Any:
     found = list({id(loader): loader for loader in reversed(active)}.values())  # innermost first
     # One that was left by `break` stays among them until it begins again.
     found = [loader for loader in found if not getattr(loader, "_left_early", 0)] or found[:1]
-    if not found or _same_outcome(found):
-        return found[0] if found else None
-    givers = _givers(found, data)
-    if givers and _same_outcome(givers):
-        return givers[0]
+    if not found:
+        return None
     inner, *outer = found
-    before: Mapping[int, int] = getattr(inner, "steps_before", {})
-    beside = [loader for loader in outer if (given := _given(loader)) != before.get(id(loader), given)]
-    if givers or not _same_outcome([inner, *beside]):
-        raise SettingError(
-            explain(
-                f"gather_for_metrics cannot tell which of {len(found)} loaders that are iterated side by side its data "
-                "comes from, and their steps have different padding: "
-                f"{', '.join(_told(getattr(loader, 'padding', None)) for loader in found)}.",
-                accepted="data of one loader, named where several are iterated in one loop",
-                remedy="Pass dataloader=, the loader whose batch the data was computed from; one call for each loader.",
-            )
+    is_inside = getattr(inner, "is_inside", None)  # clients register loaders of their own too
+    beside = [loader for loader in outer if is_inside is not None and not is_inside(loader)]
+    outcomes = {(_outcome(getattr(loader, "padding", None)), _mesh_of(loader)) for loader in [inner, *beside]}
+    if len(outcomes) == 1:
+        return inner
+    raise SettingError(
+        explain(
+            f"gather_for_metrics cannot tell which of {1 + len(beside)} loaders that are iterated side by side its data "
+            "comes from, and their steps have different padding: "
+            f"{', '.join(_told(getattr(loader, 'padding', None)) for loader in [inner, *beside])}.",
+            accepted="data of one loader, named where several are iterated in one loop",
+            remedy="Pass dataloader=, the loader whose batch the data was computed from; one call for each loader.",
         )
-    return inner
-
-
-def _given(loader: Any) -> int:
-    return getattr(loader, "steps_given", 0)
-
-
-def _same_outcome(loaders: Sequence[Any]) -> bool:
-    return len({(_outcome(getattr(loader, "padding", None)), _mesh_of(loader)) for loader in loaders}) == 1
+    )
 
 
 def _outcome(padding: Padding | None) -> Padding | None:
@@ -147,31 +147,12 @@ def _mesh_of(loader: Any) -> Any:
     return getattr(loader, "torch_device_mesh", None)
 
 
-def _givers(loaders: Sequence[Any], data: Any) -> list[Any]:
-    """Return the loaders whose last batches hold a part of `data`, and no other loader's."""
-    marks = _marks(data)
-    theirs = [_marks(getattr(loader, "last_batch", None)) for loader in loaders]
-    count = Counter(mark for given in theirs for mark in given)
-    return [
-        loader for loader, given in zip(loaders, theirs, strict=True) if any(count[mark] == 1 for mark in marks & given)
-    ]
-
-
-def _marks(data: Any) -> set[tuple[str, int]]:
-    """Return what tells data apart from a copy: the storages of tensors, and which lists and mappings these are."""
-    marks: set[tuple[str, int]] = set()
-    if type(data) is torch.Tensor and data.layout is torch.strided and data.numel():
-        marks.add(("storage", data.untyped_storage().data_ptr()))
-    elif isinstance(data, (list, tuple, Mapping)):
-        if not isinstance(data, tuple) and len(data):
-            marks.add(("object", id(data)))
-        for item in data.values() if isinstance(data, Mapping) else data:
-            marks |= _marks(item)
-    return marks
-
-
 def _told(padding: Padding | None) -> str:
     return "none" if padding is None else f"{padding.real} of {padding.rows} rows are real"
+
+
+Shapes = list[tuple[int, ...]]
+"""The shapes of one tensor, on each rank in the step."""
 
 
 # What each rank brings ------------------------------------------------------------------------------------------------
@@ -197,9 +178,6 @@ class Step:
     cuts: bool
     """Whether anything is padding."""
 
-    uneven: bool
-    """Whether ranks have different numbers of samples, or padding; then the shapes of results may differ too."""
-
     copies: frozenset[int]
     """Ranks that work on the same batch as one before them; their results are left out."""
 
@@ -223,7 +201,7 @@ def step_of(loader: Any, rank: int, world_size: int) -> Step:
     copies = frozenset(place for place, shard in enumerate(shard_of) if shard in shard_of[:place])
     full: int | None = getattr(loader, "full_batch_size", None)
     if padding is None:
-        return Step(tuple([Part(place, 1, 1) for place in range(world_size)]), False, False, copies)
+        return Step(tuple([Part(place, 1, 1) for place in range(world_size)]), False, copies)
     count = len(padding.rows)
     if count != max(shard_of) + 1 or min(padding.real) < 0 or not padding.rows[shard_of[rank]]:
         problem = (
@@ -243,8 +221,7 @@ def step_of(loader: Any, rank: int, world_size: int) -> Step:
     parts = [Part(place, padding.rows[shard], padding.real[shard]) for place, shard in enumerate(shard_of)]
     present = tuple([part for part in parts if part.rows])
     short = full if full and any(part.rows < full for part in present) else None
-    uneven = padding.rows != padding.real or len(set(padding.rows)) > 1
-    return Step(present, padding.rows != padding.real, uneven or short is not None, copies, short)
+    return Step(present, padding.rows != padding.real, copies, short)
 
 
 def kept_lengths(step: Step, lengths: Sequence[int]) -> list[int] | None:
@@ -281,39 +258,89 @@ def _uncuttable(step: Step, kind: str, brought: Iterable[str]) -> SettingError:
     )
 
 
+# What ranks tell each other first ---------------------------------------------------------------------------------------
+
+_RECORD = 16
+"""Numbers in a record: what stands for the structure, and so many sizes but one; further ones follow."""
+
+
+def _exchange(talk: Collectives, step: Step, brought: str, sizes: Sequence[int] = ()) -> list[list[int]]:
+    """Return the sizes on each rank in the step, once all know that they bring the like. See [Note: one record first].
+
+    Args:
+        talk: How ranks talk.
+        step: Who takes part.
+        brought: What this rank brings, apart from sizes.
+        sizes: As many on all ranks that bring the same.
+
+    Raises:
+        DistributedOperationException: On all ranks, unless all bring the same.
+    """
+    talk.check("gather_for_metrics", None, ranks=step.ranks)
+    digest = int.from_bytes(hashlib.blake2b(brought.encode(), digest_size=7).digest(), "big")
+    record = [digest, *sizes[: _RECORD - 1]]
+    table = talk.gather_numbers_among(record + [0] * (_RECORD - len(record)), step.ranks)
+    if any(row[0] != digest for row in table):
+        raise DistributedOperationException(_different(step, talk.gather_object_among(brought, step.ranks)))
+    told = [row[1:] for row in table]
+    if more := sizes[_RECORD - 1 :]:
+        told = [row + rest for row, rest in zip(told, talk.gather_numbers_among(more, step.ranks), strict=True)]
+    return told
+
+
+def _different(step: Step, brought: Sequence[str]) -> str:
+    table = "\n".join(f"  - Process {rank}: {text:.300}" for rank, text in zip(step.ranks, brought, strict=True))
+    return explain(
+        f"gather_for_metrics cannot join what the processes brought:\n{table}",
+        accepted="the same structure, dtypes and numbers of dimensions on all processes; sizes may differ",
+        remedy="Look for what treats a short batch differently, such as squeeze() in place of squeeze(-1).",
+    )
+
+
 # Tensors --------------------------------------------------------------------------------------------------------------
 
 
+def _described_tensor(leaf: torch.Tensor) -> str:
+    return f"{leaf.dtype} with {leaf.dim()} dimensions"
+
+
 def _gather_tensors(talk: Collectives, step: Step, data: Any, leaves: list[torch.Tensor], pad_index: int) -> Any:
-    if not step.uneven and all(leaf.dim() < 2 for leaf in leaves):
-        gathered = ops.gather(data)  # the usual case: nothing has to be known of the others
-        return gathered if not step.copies else tree_map(lambda joined: _without_copies(step, joined), gathered)
-    talk.check("gather_for_metrics", data, ranks=step.ranks, sizes=False)
-    shapes = iter(_shapes(talk, step, leaves))
-    return tree_map(lambda leaf: _gather_leaf(talk, step, leaf, next(shapes), pad_index), data)
-
-
-def _without_copies(step: Step, joined: torch.Tensor) -> torch.Tensor:
-    parts = joined.chunk(len(step.parts)) if len(joined) else ()
-    return torch.cat([part for place, part in enumerate(parts) if place not in step.copies]) if parts else joined
-
-
-def _shapes(talk: Collectives, step: Step, leaves: list[torch.Tensor]) -> Iterator[list[tuple[int, ...]]]:
-    """Yield, for each tensor, its shape on each rank that is in the loop. One exchange for all."""
-    sizes = [size for leaf in leaves for size in leaf.shape]
-    table = [[]] * len(step.parts)
-    if sizes:
-        mine = torch.tensor(sizes, device=leaves[0].device)
-        table = talk.gather_among(mine, step.ranks).view(len(step.parts), -1).tolist()
-    start = 0
+    table = _exchange(
+        talk, step, repr(tree_map(_described_tensor, data)), [size for leaf in leaves for size in leaf.shape]
+    )
+    shapes, start = [], 0
     for leaf in leaves:
-        yield [tuple(row[start : start + leaf.dim()]) for row in table]
+        shapes.append([tuple(row[start : start + leaf.dim()]) for row in table])
         start += leaf.dim()
+    if step.cuts:
+        _refuse_lists_of_samples(step, data, iter(shapes))
+    following = iter(shapes)
+    return tree_map(lambda leaf: _gather_leaf(talk, step, leaf, next(following), pad_index), data)
 
 
-def _gather_leaf(
-    talk: Collectives, step: Step, leaf: torch.Tensor, shapes: list[tuple[int, ...]], pad_index: int
-) -> torch.Tensor:
+def _refuse_lists_of_samples(step: Step, data: Any, shapes: Iterator[Shapes]) -> list[Shapes]:
+    """Return the shapes in `data`; refuse what may hold one for each sample. See [Note: structure or one for each sample]."""
+    if isinstance(data, torch.Tensor):
+        return [next(shapes)]
+    found: list[Shapes] = []
+    for part in data.values() if isinstance(data, Mapping) else data:
+        found += _refuse_lists_of_samples(step, part, shapes)
+    count = len(data)
+    as_many_as_rows = isinstance(data, list) and all(part.rows == count > 1 for part in step.parts)
+    if as_many_as_rows and any(shape[:1] != (count,) for on_ranks in found for shape in on_ranks):
+        raise SettingError(
+            explain(
+                f"gather_for_metrics got a list of {count} parts in a step with padding in which each rank has {count} rows, "
+                f"and the shapes are {', '.join(str(on_ranks[0]) for on_ranks in found):.120}: each part may belong to one "
+                "sample, or to all of them.",
+                accepted="lists of tensors with one row for each sample, or of one object for each sample",
+                remedy="Pass use_gather_object=True if there is one part for each sample, and a tuple if not.",
+            )
+        )
+    return found
+
+
+def _gather_leaf(talk: Collectives, step: Step, leaf: torch.Tensor, shapes: Shapes, pad_index: int) -> torch.Tensor:
     if not leaf.dim():
         values = talk.gather_among(leaf, step.ranks)
         kept = [place for place, part in enumerate(step.parts) if part.real and part.rank not in step.copies]
@@ -361,7 +388,7 @@ def _without_excess(loader: Any, data: Any) -> Any:
     rows: int = getattr(loader, "remainder", -1)
     if full is None or rows <= 0 or not loader.end_of_dataloader:
         return data
-    step = Step((Part(0, rows, rows),), cuts=False, uneven=False, copies=frozenset(), full=full)
+    step = Step((Part(0, rows, rows),), cuts=False, copies=frozenset(), full=full)
     times = {id(leaf): times_spread(step, [leaf]) for leaf in tree_leaves(data)}
     return tree_map(lambda leaf: leaf if (often := times[id(leaf)]) is None else leaf[: often * rows], data)
 
@@ -375,6 +402,35 @@ def _padded(leaf: torch.Tensor, shape: list[int], value: int) -> torch.Tensor:
 
 
 # Objects --------------------------------------------------------------------------------------------------------------
+
+
+_OBJECTS = "one object for each sample"
+
+
+def _kind_of_objects(data: Any, *, by_wish: bool) -> str:
+    """Return what has to travel as objects: `_OBJECTS`, or a description of what cannot."""
+    if isinstance(data, Mapping):
+        return f"a {type(data).__name__} with the keys {list(data)!r:.80}"
+    if isinstance(data, (list, tuple)):
+        with_rows = [ops._has_rows(item) for item in data]
+        of_tensors = [isinstance(item, torch.Tensor) for item in data]
+        is_structure = (
+            is_namedtuple(data) or any(with_rows)
+            if isinstance(data, tuple)
+            else not by_wish and any(of_tensors) and not all(of_tensors)
+        )
+        if is_structure:
+            return f"a {type(data).__name__} of {', '.join(type(item).__name__ for item in data):.80}"
+    return _OBJECTS
+
+
+def _no_rows_told(kind: str) -> str:
+    return explain(
+        f"gather_for_metrics got {kind}, which would have to travel as objects: which of its parts belong to one sample "
+        "cannot be told.",
+        accepted="nested tensors, or a list with one object for each sample",
+        remedy="Gather its parts one after the other; pass list(data) if it has one object for each sample.",
+    )
 
 
 def _gather_objects(talk: Collectives, step: Step, data: Any) -> list[Any]:

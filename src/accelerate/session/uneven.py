@@ -6,9 +6,11 @@ Owns what is done about it before ranks talk to each other. Which rank has a bat
 [Note: a step without all ranks]
 With `even_batches=False` the last step over a loader may be one in which some ranks have no batch. These have left the
 loop, and do not come to what the others do together in it: averaging gradients, say, would wait for them until the
-group's timeout, or meet something else that they do after the loop. So whatever is collective asks here first, and
-raises at once. Evaluation, which needs nothing from the other ranks, goes on. Inside `join_uneven_inputs`, ranks that
-are done stand in for themselves in backward, and in nothing else. Runs without such loaders pay one comparison.
+group's timeout, or meet something else that they do after the loop. So once a loader is prepared that may end so, the
+collectives ask here first, by their guard, whichever way they were called; it raises at once. `backward`, in which
+DDP talks by itself, and the wrapping of models ask too. Evaluation, which needs nothing from the other ranks, goes
+on: `gather_for_metrics` names the ranks that it talks among. Inside `join_uneven_inputs`, ranks that are done stand in
+for themselves in backward, and in nothing else. Runs without such loaders pay one comparison.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import torch
 
 from ..core.errors import AccelerateError, explain
 from ..data.agreement import settle_left
+from ..data.dispatcher import shards_of_ranks
+from ..runtime import state
 from ..runtime.accumulation import GradientState
 from ..stepping.optimizer import move_to_device
 from .session import Session
@@ -36,6 +40,8 @@ def watch(session: Session) -> None:
     """Note which prepared loaders may end at different times. Called after each `prepare`."""
     if session.plan.runtime.process.world_size > 1:
         session.uneven = tuple(loader for loader in session.dataloaders if _may_be_uneven(loader))
+        if session.uneven:
+            session.plan.runtime.collectives.guard = refuse_absent  # for good: another session may need it still
         if any(_sampler_of(loader) is not None for loader in session.uneven):
             session.strategy.keep_forward_local(session.prepared_models, partial(_is_alone, session))
 
@@ -44,38 +50,50 @@ def _is_alone(session: Session) -> bool:
     return bool(session.uneven) and not session.joining and bool(ranks_without_batch())
 
 
-def check_uneven(session: Session, operation: str, *, joinable: bool = False) -> None:
+def refuse_absent(operation: str, ranks: Sequence[int] | None = None) -> None:
     """Refuse what would wait for ranks that have no batch in this step. See [Note: a step without all ranks].
 
     Called on all ranks before they talk; collective only where a loop was broken off over a loader whose ranks end by
     agreement, see `settle_left`.
 
     Args:
-        session: Knows the loaders.
         operation: What follows, for the message.
-        joinable: Whether ranks that are done take part inside `join_uneven_inputs`.
+        ranks: Who takes part, if not all do.
 
     Raises:
-        UnevenStepError: (a `RuntimeError`) if some ranks have no batch in this step.
+        UnevenStepError: (a `RuntimeError`) if some of the ranks have no batch in this step.
         AgreementError: (a `RuntimeError`) if ranks left a loop at different steps.
     """
-    if not session.uneven:
-        return
     settle_left(GradientState())
-    if joinable and session.joining:
-        return
-    without = ranks_without_batch()
-    if without:
-        raise UnevenStepError(_absent(operation, without, joinable=joinable))
+    absent = ranks_without_batch()
+    if ranks is not None and absent:
+        absent = tuple(rank for rank in absent if rank in ranks)
+    if absent:
+        raise UnevenStepError(_told(operation, absent))
+
+
+def check_backward(session: Session, *, joinable: bool) -> None:
+    """Do what `refuse_absent` does before gradients are averaged, which is no matter of the collectives.
+
+    Args:
+        session: Knows the loaders.
+        joinable: Whether ranks that are done take part inside `join_uneven_inputs`.
+    """
+    if session.uneven:
+        if joinable and session.joining:
+            settle_left(GradientState())
+        else:
+            refuse_absent("backward")
 
 
 def ranks_without_batch() -> tuple[int, ...]:
-    """Return the data shards that have no batch in this step of any loop that runs."""
+    """Return the ranks that have no batch in this step of any loop that runs."""
     absent: set[int] = set()
     for loader in GradientState().dataloader_references:
         padding = getattr(loader, "padding", None)  # clients register loaders of their own too
         if padding is not None and 0 in padding.rows:
-            absent.update(shard for shard, rows in enumerate(padding.rows) if not rows)
+            shard_of = shards_of_ranks(state.current().process.world_size, getattr(loader, "torch_device_mesh", None))
+            absent.update(rank for rank, shard in enumerate(shard_of) if not padding.rows[shard])
     return tuple(sorted(absent))
 
 
@@ -180,15 +198,15 @@ def _sampler_of(loader: Any) -> Any:
     return None if sampler is None or sampler.even_batches or sampler.drop_last else sampler
 
 
-def _absent(operation: str, without: tuple[int, ...], *, joinable: bool) -> str:
-    who = f"rank {without[0]} has" if len(without) == 1 else f"ranks {', '.join(map(str, without))} have"
-    remedy = "Keep even_batches=True, the default, or pass drop_last=True to the loader"
-    if joinable:
-        remedy += ", or train inside `with accelerator.join_uneven_inputs([model]):`"
-    elif operation in ("gather", "reduce"):
-        remedy += "; gather_for_metrics works among the ranks that have a batch"
+def _told(operation: str, absent: tuple[int, ...]) -> str:
+    who = f"rank {absent[0]} has" if len(absent) == 1 else f"ranks {', '.join(map(str, absent))} have"
+    remedy = (
+        "train inside `with accelerator.join_uneven_inputs([model]):`"
+        if operation == "backward"
+        else "evaluate with gather_for_metrics over that loader alone, which works among the ranks that have a batch"
+    )
     return explain(
         f"{operation} was called in a step in which {who} no batch (even_batches=False): it would wait for ever.",
         accepted=f"{operation} in steps in which every rank has a batch, or after the loop",
-        remedy=f"{remedy}.",
+        remedy=f"Keep even_batches=True, the default, or pass drop_last=True to the loader, or {remedy}.",
     )

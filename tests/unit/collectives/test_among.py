@@ -17,7 +17,8 @@ def test_one_process_gathers_from_itself(talk):
     tensor = torch.ones(2)
     assert talk.gather_among(tensor, [0]) is tensor
     assert talk.gather_object_among("x", [0]) == ["x"]
-    talk.check("gather", tensor, ranks=[0], sizes=False)
+    assert talk.gather_numbers_among([1, 2], [0]) == [[1, 2]]
+    talk.check("gather", tensor, ranks=[0])
 
 
 def gather_without_one(debug: str, absent: int) -> list:
@@ -48,10 +49,10 @@ def gather_without_one(debug: str, absent: int) -> list:
             talk.gather_object_among(talk.rank, [talk.rank]) == [talk.rank],
             talk.gather_among(torch.ones(1), [talk.rank]).tolist() == [1.0],
         ]
-        talk.check("gather", torch.ones(talk.rank + 1), ranks=ranks, sizes=False)
+        talk.check("gather", torch.ones(2), ranks=ranks)
         if debug == "1":
             with pytest.raises(DistributedOperationException, match=f"Process {ranks[-1]}: gather") as caught:
-                talk.check("gather", torch.ones(1, dtype=DTYPES[talk.rank % 2]), ranks=ranks, sizes=False)
+                talk.check("gather", torch.ones(1, dtype=DTYPES[talk.rank % 2]), ranks=ranks)
             assert f"Process {absent}:" not in str(caught.value)
     # Meanwhile the absent rank waits here.
     found.append(talk.all_gather(torch.tensor(talk.rank)).tolist() == list(range(talk.world_size)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,113 +23,73 @@ class Loader(SimpleNamespace):
     __hash__ = object.__hash__
     __eq__ = object.__eq__
 
-    def __init__(self, padding: Padding | None = FULL, batch: Any = None, **more: Any) -> None:
-        super().__init__(padding=padding, last_batch=batch, steps_given=1, steps_before={}, **more)
+    def __init__(self, padding: Padding | None = FULL, inside: tuple[Loader, ...] = (), **more: Any) -> None:
+        super().__init__(padding=padding, inside=inside, **more)
 
-    def begin_inside(self, *others: Loader) -> Loader:
-        self.steps_before = {id(other): other.steps_given for other in others}
-        return self
-
-
-RESULT = torch.zeros(2)
+    def is_inside(self, loader: Loader) -> bool:
+        return any(loader is one for one in self.inside)
 
 
 # Which loader ----------------------------------------------------------------------------------------------------
 
 
 def test_without_a_loop_there_is_no_loader():
-    assert choose_loader([], RESULT) is None
+    assert choose_loader([]) is None
 
 
 def test_one_loader_is_the_one():
     loader = Loader(SHORT)
-    assert choose_loader([loader], RESULT) is loader
-    assert choose_loader([loader, loader], RESULT) is loader  # inside a loop over itself
+    assert choose_loader([loader]) is loader
+    assert choose_loader([loader, loader]) is loader  # inside a loop over itself
 
 
 def test_a_loop_inside_a_loop_is_meant():
-    training = Loader()
-    evaluation = Loader(SHORT).begin_inside(training)
-    assert choose_loader([training, evaluation], RESULT) is evaluation
-    training, evaluation = Loader(SHORT), Loader()
-    evaluation.begin_inside(training)
-    assert choose_loader([training, evaluation], RESULT) is evaluation
-
-
-def side_by_side(one: Padding | None, other: Padding | None, **batches: Any) -> list[Loader]:
-    outer = Loader(one, batches.get("first"))
-    inner = Loader(other, batches.get("second")).begin_inside(outer)
-    outer.steps_given += 1  # the next step of zip(outer, inner)
-    inner.steps_given += 1
-    return [outer, inner]
+    for one, other in ((FULL, SHORT), (SHORT, FULL)):
+        training = Loader(one)
+        evaluation = Loader(other, inside=(training,))
+        assert choose_loader([training, evaluation]) is evaluation
 
 
 def test_loops_side_by_side_have_to_be_told_apart():
     with pytest.raises(SettingError, match="2 loaders that are iterated side by side") as caught:
-        choose_loader(side_by_side(SHORT, FULL), RESULT)
+        choose_loader([Loader(SHORT), Loader(FULL)])
     assert "different padding: none, (2, 1) of (2, 2) rows are real" in str(caught.value)
     assert "Pass dataloader=" in str(caught.value)
 
 
+def test_loops_side_by_side_inside_another_one_are_compared_with_each_other():
+    training = Loader(SHORT)
+    first, second = Loader(FULL, inside=(training,)), Loader(FULL, inside=(training,))
+    assert choose_loader([training, first, second]) is second
+    first.padding = SHORT
+    with pytest.raises(SettingError, match="2 loaders that are iterated side by side"):
+        choose_loader([training, first, second])
+
+
 @pytest.mark.parametrize("padding", [FULL, SHORT])
 def test_loops_side_by_side_are_alike_in_most_steps(padding):
-    loaders = side_by_side(padding, padding)
-    assert choose_loader(loaders, RESULT) in loaders
+    loaders = [Loader(padding), Loader(padding)]
+    assert choose_loader(loaders) in loaders
 
 
 def test_loaders_over_different_meshes_are_not_alike():
-    loaders = side_by_side(FULL, FULL)
-    loaders[0].torch_device_mesh = "dp x tp"
     with pytest.raises(SettingError, match="side by side"):
-        choose_loader(loaders, RESULT)
-
-
-@pytest.mark.parametrize("wrap", [lambda own: own, lambda own: {"x": [own], "new": RESULT}, lambda own: (RESULT, own)])
-def test_a_part_of_a_batch_tells_which_loader_it_is_from(wrap):
-    one, two = torch.ones(4, 2), torch.ones(4, 2)
-    loaders = side_by_side(SHORT, FULL, first={"x": one}, second=(two, ["a", "b"]))
-    assert choose_loader(loaders, wrap(one)) is loaders[0]
-    assert choose_loader(loaders, wrap(one[:, 0])) is loaders[0]
-    assert choose_loader(loaders, wrap(two)) is loaders[1]
-
-
-def test_lists_of_a_batch_tell_too():
-    names = ["a", "b"]
-    loaders = side_by_side(SHORT, FULL, first={"name": names}, second=["a", "b"])
-    assert choose_loader(loaders, names) is loaders[0]
-    with pytest.raises(SettingError, match="side by side"):
-        choose_loader(loaders, ["a", "b"])
-
-
-def test_parts_of_two_batches_belong_to_no_loader():
-    one, two = torch.ones(2), torch.ones(2)
-    with pytest.raises(SettingError, match="one call for each loader"):
-        choose_loader(side_by_side(SHORT, FULL, first=one, second=two), (one, two))
-
-
-def test_what_both_batches_hold_tells_nothing():
-    shared = torch.ones(2)
-    outer, inner = Loader(SHORT, shared), Loader(FULL, shared)
-    inner.begin_inside(outer)
-    assert choose_loader([outer, inner], shared) is inner
-    with pytest.raises(SettingError, match="side by side"):
-        choose_loader(side_by_side(SHORT, FULL, first=shared, second=shared), shared)
+        choose_loader([Loader(torch_device_mesh="dp x tp"), Loader()])
 
 
 def test_a_loop_that_was_left_by_break_is_not_meant():
     training = Loader(SHORT)
-    broken_off = Loader(FULL, _left_early=1).begin_inside(training)
-    training.steps_given += 3
-    assert choose_loader([training, broken_off], RESULT) is training
-    assert choose_loader([broken_off], RESULT) is broken_off
-    assert choose_loader([Loader(_left_early=1), broken_off], RESULT) is broken_off
+    broken_off = Loader(FULL, _left_early=1)
+    assert choose_loader([training, broken_off]) is training
+    assert choose_loader([broken_off]) is broken_off
+    assert choose_loader([Loader(_left_early=1), broken_off]) is broken_off
 
 
 def test_loaders_of_other_kinds_may_be_active():
     strange = SimpleNamespaceLoader(end_of_dataloader=False, remainder=-1)
-    ours = Loader(SHORT).begin_inside()
-    assert choose_loader([strange, ours], RESULT) is ours
-    assert choose_loader([ours, strange], RESULT) is strange
+    ours = Loader(SHORT, inside=(strange,))  # pyright: ignore[reportArgumentType]
+    assert choose_loader([strange, ours]) is ours
+    assert choose_loader([ours, strange]) is strange
     assert step_of(strange, 0, 2) == step_of(None, 0, 2)
 
 
@@ -143,13 +104,13 @@ class SimpleNamespaceLoader(SimpleNamespace):
 def test_outside_of_a_loop_and_in_full_steps_everything_is_kept():
     for loader in (None, Loader(FULL)):
         step = step_of(loader, 0, 3)
-        assert (step.ranks, step.cuts, step.uneven, step.copies) == ((0, 1, 2), False, False, frozenset())
+        assert (step.ranks, step.cuts, step.copies) == ((0, 1, 2), False, frozenset())
         assert kept_lengths(step, [5, 4, 0]) == [5, 4, 0]
 
 
 def test_ranks_without_a_batch_are_not_waited_for():
     step = step_of(Loader(Padding((4, 3, 0), (4, 3, 0))), 1, 3)
-    assert (step.ranks, step.cuts, step.uneven) == ((0, 1), False, True)
+    assert (step.ranks, step.cuts) == ((0, 1), False)
     assert kept_lengths(step, [7, 2]) == [7, 2]
     with pytest.raises(SettingError, match="rank 2 has no batch"):
         step_of(Loader(Padding((4, 3, 0), (4, 3, 0))), 2, 3)
@@ -157,7 +118,7 @@ def test_ranks_without_a_batch_are_not_waited_for():
 
 def cut_step(*rows_and_real: tuple[int, int]) -> Step:
     parts = tuple(Part(rank, rows, real) for rank, (rows, real) in enumerate(rows_and_real))
-    return Step(parts, cuts=True, uneven=True, copies=frozenset())
+    return Step(parts, cuts=True, copies=frozenset())
 
 
 @pytest.mark.parametrize(
@@ -240,4 +201,15 @@ def test_the_named_loader_must_be_iterated():
         assert accelerator.gather_for_metrics(batch, dataloader=loader) is batch
     for wrong in (loader, torch.utils.data.DataLoader(torch.arange(3))):
         with pytest.raises(SettingError, match="dataloader=DataLoader.*, which is not being iterated"):
-            accelerator.gather_for_metrics(RESULT, dataloader=wrong)
+            accelerator.gather_for_metrics(torch.zeros(2), dataloader=wrong)
+
+
+def test_a_named_loader_need_not_have_a_length():
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(Endless(), batch_size=2))
+    assert next(accelerator.gather_for_metrics(batch, dataloader=loader) is batch for batch in loader)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self) -> Any:
+        yield from itertools.count()
