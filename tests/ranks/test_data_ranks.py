@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
 
 from accelerate.data.dispatcher import DataLoaderDispatcher
 from accelerate.data.iterables import IterableDatasetShard
@@ -17,6 +20,7 @@ from accelerate.data.protocol import DispatchError
 from accelerate.data.resume import skip_first_batches
 from accelerate.data.samplers import BatchSamplerShard, SeedableRandomSampler
 from accelerate.data.shards import Padding
+from accelerate.data.streams import seed_globals
 from accelerate.runtime.accumulation import GradientState
 from accelerate.runtime.partial_state import PartialState
 from tests.support.data_tables import TABLES, Counting, SizedCounting, expected_cell
@@ -93,13 +97,35 @@ def _two_epochs(loader: Any) -> list[list[list[int]]]:
     return [numbers(loader), numbers(loader)]
 
 
+class Permuted(Sampler[int]):
+    """Draws its order with numpy's global generator when a pass begins."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.permutation(self.size).tolist())
+
+
+class Bag(Permuted):
+    """Draws each index with Python's global generator when it is asked for it."""
+
+    def __iter__(self) -> Iterator[int]:
+        left = list(range(self.size))
+        while left:
+            yield left.pop(random.randrange(len(left)))
+
+
 def shuffle_with_other_seeds() -> dict[str, Any]:
-    """Ranks seed torch differently, as after `set_seed(device_specific=True)`."""
+    """Ranks seed all generators differently, as after `set_seed(device_specific=True)`."""
     state = PartialState(cpu=True)
     found: dict[str, Any] = {}
 
     def shuffling(**options: Any) -> DataLoader:
-        torch.manual_seed(100 + state.process_index)
+        seed_globals(100 + state.process_index)
         return DataLoader(range(12), batch_size=3, **({"shuffle": True} | options))
 
     found["plain"] = _two_epochs(prepare(shuffling()))
@@ -110,11 +136,19 @@ def shuffle_with_other_seeds() -> dict[str, Any]:
     found["dispatch"] = _two_epochs(prepare(shuffling(), dispatch_batches=True))
     weighted = WeightedRandomSampler([1.0] * 12, 12, replacement=False)
     found["weighted"] = _two_epochs(prepare(shuffling(shuffle=None, sampler=weighted)))
+    found["numpy"] = _two_epochs(prepare(shuffling(shuffle=None, sampler=Permuted(12))))
+    found["bag"] = _two_epochs(prepare(shuffling(shuffle=None, sampler=Bag(12))))
+    given_later = prepare(shuffling())
+    given_later.set_sampler(RandomSampler(range(12)))
+    found["given later"] = _two_epochs(given_later)
+    found["own numbers"] = [random.random(), float(np.random.rand()), torch.rand(()).item()]
     return found
 
 
 def test_differently_seeded_ranks_read_disjoint_shares_in_every_epoch():
     ranks = run_on_ranks(shuffle_with_other_seeds, 2)
+    own = [rank.pop("own numbers") for rank in ranks]
+    assert not set(own[0]) & set(own[1]), "what is not the order stays each rank's own"
     for way in ranks[0]:
         epochs = [[sum(rank[way][epoch], []) for rank in ranks] for epoch in range(2)]
         for shares in epochs:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -88,6 +89,22 @@ def test_a_private_stream_begins_as_seeded_generators_do():
     with PrivateStream(0):
         seed_globals(2**40 + 3)
         assert draw() == inside
+
+
+@pytest.mark.parametrize(
+    "move",
+    [random.random, np.random.rand, lambda: np.random.rand(312), lambda: torch.rand(())],
+    ids=["python", "numpy", "numpy, as often as it has words", "torch"],
+)
+def test_a_draw_from_any_one_generator_is_noticed(move):
+    stream = PrivateStream(1)
+    before = stream.state()
+    with stream:
+        pass
+    assert not stream.has_moved_from(before)
+    with stream:
+        move()
+    assert stream.has_moved_from(before)
 
 
 def test_seeds_of_batches_differ():
