@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
 
 from accelerate.data.dispatcher import DataLoaderDispatcher
 from accelerate.data.iterables import IterableDatasetShard
@@ -158,6 +158,43 @@ def test_differently_seeded_ranks_read_disjoint_shares_in_every_epoch():
     for epoch, order in enumerate(seed_5):
         assert ranks[0]["data_seed"][epoch] == [order[0:3], order[6:9]]
         assert ranks[1]["data_seed"][epoch] == [order[3:6], order[9:12]]
+
+
+class Drawing(Dataset):
+    """Each sample is drawn."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([random.random(), float(np.random.rand()), torch.rand(()).item()], dtype=torch.float64)
+
+
+class DrawingShards(IterableDataset):
+    """Each sample is drawn, and each rank and worker has samples of its own."""
+
+    shards_itself = True
+
+    def __iter__(self) -> Any:
+        return map(Drawing().__getitem__, range(4))
+
+
+def draw_with_equal_seeds(workers: int) -> list[float]:
+    PartialState(cpu=True)
+    seed_globals(6)
+    loaders = [
+        prepare(DataLoader(dataset, batch_size=2, num_workers=workers), dispatch_batches=False)
+        for dataset in (Drawing(), Drawing(), DrawingShards())
+    ]
+    return [number for _ in range(2) for loader in loaders for batch in loader for number in batch.view(-1).tolist()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_rank_worker_epoch_or_loader_draws_what_another_drew(workers):
+    drawn = sum(run_on_ranks(draw_with_equal_seeds, 2, workers), [])
+    # Each loader over 8 samples in 2 epochs, and two epochs of each rank's and worker's own 4.
+    assert len(drawn) == 3 * 2 * (2 * 8 + 2 * max(1, workers) * 4)
+    assert len(set(drawn)) == len(drawn)
 
 
 def seedable_orders() -> dict[str, Any]:

@@ -118,6 +118,16 @@ def test_a_stream_goes_on_from_its_own_state_with_the_numbers_it_would_have_draw
     assert train(again)[0] == whole[18:]
 
 
+def test_a_loader_made_later_draws_what_the_one_that_was_saved_would_have_drawn():
+    torch.manual_seed(3)
+    whole, saved = train(prepare(DataLoader(Noisy(range(12)), batch_size=3, num_workers=1)), save_at=2)
+    for _ in range(2):
+        again = prepare(DataLoader(Noisy(range(12)), batch_size=3, num_workers=1))
+        again.load_position_state(saved)
+        torch.manual_seed(3)
+        assert train(again)[0] == whole[2:]
+
+
 # Worker processes that stay ---------------------------------------------------------------------------------------
 
 
@@ -185,6 +195,22 @@ def test_another_epoch_gives_a_restored_place_up(seedable, dispatch):
     again.load_position_state(saved)
     again.set_epoch(0)
     assert len(numbers(again)) == 2, "in its own epoch it is kept"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_whoever_else_reads_the_dataset_gets_plain_samples_from_its_start(workers):
+    def loader(count: int) -> Any:
+        options = {"num_processes": count, "process_index": 0, "dispatch_batches": False}
+        return prepare(DataLoader(Counting(21), batch_size=2, num_workers=workers), **options)
+
+    _, saved = train(loader(3), save_at=2)
+    again = loader(2)  # other steps, so that the dataset is told where to start
+    again.load_position_state(saved)
+    batches = iter(again)
+    next(batches)
+    assert next(iter(again.dataset)) == 0
+    list(batches)
+    assert list(again.dataset) == [0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 0]
 
 
 # What is refused --------------------------------------------------------------------------------------------------
