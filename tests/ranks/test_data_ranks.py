@@ -20,7 +20,8 @@ from accelerate.data.protocol import DispatchError
 from accelerate.data.resume import skip_first_batches
 from accelerate.data.samplers import BatchSamplerShard, SeedableRandomSampler
 from accelerate.data.shards import Padding
-from accelerate.data.streams import seed_globals
+from accelerate.data.streams import Snapshot, seed_globals
+from accelerate.runtime import state
 from accelerate.runtime.accumulation import GradientState
 from accelerate.runtime.partial_state import PartialState
 from tests.support.data_tables import TABLES, Counting, SizedCounting, expected_cell
@@ -195,6 +196,59 @@ def test_no_rank_worker_epoch_or_loader_draws_what_another_drew(workers):
     # Each loader over 8 samples in 2 epochs, and two epochs of each rank's and worker's own 4.
     assert len(drawn) == 3 * 2 * (2 * 8 + 2 * max(1, workers) * 4)
     assert len(set(drawn)) == len(drawn)
+
+
+def go_on_with_synchronized_generators(dispatch: bool) -> tuple[list[float], list[float]]:
+    rank = PartialState(cpu=True).process_index
+
+    def loader() -> Any:
+        return prepare(DataLoader(range(16), batch_size=2), rng_types=["torch"], dispatch_batches=dispatch)
+
+    def draws(loader: Any) -> Iterator[float]:
+        for _ in loader:
+            yield torch.rand(1 + rank)[0].item()
+
+    whole = loader()
+    drawing = draws(whole)
+    next(drawing), next(drawing)
+    saved, generators = whole.position_state(), Snapshot()
+    rest = list(drawing)
+    again = loader()
+    again.load_position_state(saved)
+    generators.restore()
+    return rest, list(draws(again))
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_generators_that_were_equal_at_the_start_are_each_ranks_own_in_the_middle(dispatch):
+    ranks = run_on_ranks(go_on_with_synchronized_generators, 2, dispatch)
+    for rest, again in ranks:
+        assert again == rest
+    assert ranks[0][0] != ranks[1][0]
+
+
+def go_on_dispatched(kind: Any) -> tuple[list[Any], list[Any]]:
+    PartialState(cpu=True)
+
+    def loader() -> Any:
+        return prepare(DataLoader(kind(13), batch_size=3), dispatch_batches=True)
+
+    whole, batches, saved = loader(), [], None
+    for batch in whole:
+        batches.append(batch.tolist())
+        if len(batches) == 2:
+            # What a checkpoint holds is what rank 0 says.
+            saved = state.current_or_single().collectives.broadcast_object(whole.position_state())
+    again = loader()
+    again.load_position_state(saved)
+    return batches[2:], [again.position.step, *numbers(again)]
+
+
+@pytest.mark.parametrize("kind", [range, Counting])
+def test_dispatched_batches_are_topped_up_with_the_first_samples_wherever_entered(kind):
+    ranks = run_on_ranks(go_on_dispatched, 2, kind)
+    assert [rest for rest, _ in ranks] == [[[12]], [[0]]]
+    assert [again for _, again in ranks] == [[2, [12]], [2, [0]]]
 
 
 def seedable_orders() -> dict[str, Any]:

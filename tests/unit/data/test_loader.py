@@ -97,6 +97,14 @@ def test_nested_loaders_and_breaking_out():
     assert not state.in_dataloader
 
 
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_a_loop_that_ends_without_asking_for_more_has_ended_the_pass(dispatch):
+    first, second = (prepare(DataLoader(range(4), batch_size=2), dispatch_batches=dispatch) for _ in range(2))
+    for epoch in range(2):
+        assert len(list(zip(first, second, strict=False))) == 2
+        assert (first.position.epoch, second.position.epoch) == (epoch + 1, epoch + 1)
+
+
 def test_an_error_while_reading_ends_the_pass():
     def refuse(samples):
         raise OSError("unreadable")
@@ -270,6 +278,56 @@ def test_stateful_loader_counts_only_what_the_loop_was_given(make, workers):
         again = stateful()
         again.load_state_dict(saved)
         assert numbers(again) == whole
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: DataLoader(range(8), batch_size=2), lambda: DataLoader(Counting(8), batch_size=2)]
+)
+def test_a_state_of_torchdata_alone_is_followed(make):
+    pytest.importorskip("torchdata")
+    loader = prepare(make(), use_stateful_dataloader=True)
+    for step, _ in enumerate(loader):
+        if step == 1:
+            saved = loader.state_dict()
+    del saved["position"]  # as a state from elsewhere
+    again = prepare(make(), use_stateful_dataloader=True)
+    again.load_state_dict(saved)
+    assert numbers(again) == [[4, 5], [6, 7]]
+    assert len(numbers(again)) == 4
+
+
+class Placed(Counting):
+    """Says how much of it was read, and goes on from there."""
+
+    read = 0
+
+    def state_dict(self):
+        return {"read": self.read}
+
+    def load_state_dict(self, state):
+        self.read = state["read"]
+
+    def __iter__(self):
+        while self.read < self.size:
+            self.read += 1
+            yield self.read - 1
+        self.read = 0
+
+
+def test_torchdata_keeps_its_state_only_inside_a_pass_that_it_reads():
+    pytest.importorskip("torchdata")
+    loader = prepare(DataLoader(Placed(8), batch_size=2, num_workers=1), use_stateful_dataloader=True)
+    kept = [loader.own_state() is not None]
+    for step, _ in enumerate(loader, start=1):
+        kept.append(loader.own_state() is not None)
+        if step == 2:
+            saved = loader.position_state()
+    kept.append(loader.own_state() is not None)
+    assert kept == [False, True, True, True, False, False]
+    again = prepare(DataLoader(Placed(8), batch_size=2, num_workers=1), use_stateful_dataloader=True)
+    again.load_position_state(saved)
+    assert again.own_state() is None
+    assert numbers(again) == [[4, 5], [6, 7]]
 
 
 def test_state_needs_torchdata(monkeypatch):
