@@ -75,6 +75,8 @@ class DataLoaderAdapter(DataLoader[Any]):
         self.dl_state_dict: dict[str, Any] | None = None
         self.skip_batches = 0
         self._resumes = False
+        self._resumed: Place | None = None
+        """The restored place that torchdata's state belongs to."""
         self._base_counts = True
         self.steps_before: dict[int, int] = {}
         self.replaces: Place | None = None
@@ -120,7 +122,7 @@ class DataLoaderAdapter(DataLoader[Any]):
     def own_state(self) -> dict[str, Any] | None:
         """Return torchdata's state of this rank's reading, where it saves reading up to the place again, and is right."""
         mid_pass = self._mark.now()[1] is not None and self._mark.pending is None
-        if not (mid_pass and self.use_stateful_dataloader and self._reader.saves_in_workers and self._base_counts):
+        if not (mid_pass and self._mark.read_by == id(self) and self.use_stateful_dataloader and self._reader.saves_in_workers and self._base_counts):
             return None
         base: Any = self.base_dataloader
         return base.state_dict() if self.dl_state_dict is None else self.dl_state_dict
@@ -133,7 +135,7 @@ class DataLoaderAdapter(DataLoader[Any]):
             return
         base: Any = self.base_dataloader
         base.load_state_dict(saved)
-        self._resumes = True
+        self._resumes, self._resumed = True, self._mark.pending
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the current pass, counting only batches that the loop was given.

@@ -134,6 +134,8 @@ class Bookmark:
         self.padding: Padding | None = None
         self.last_batch: Any = None
         self.steps_given = 0
+        self.read_by = 0
+        """The `id` of the loader that reads the pass: this one, or one that `skip_first_batches` made of it."""
         self.has_workers = False
         """Whether worker processes were made that last until the end of the run."""
 

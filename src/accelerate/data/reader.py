@@ -205,12 +205,16 @@ class Reader:
         dataset: Any = base.dataset
         per_step = self._stream_step()
         begin = self._begin(pending, per_step)
-        strict = pending is not None and pending is not owner.replaces and owner.agreement is None
-        resumes = owner._resumes  # torchdata's loader goes on by itself
-        owner._resumes = False
+        restored = None if pending is owner.replaces else pending
+        strict = restored is not None and owner.agreement is None
+        # torchdata's loader goes on by itself, unless its place was given up or another loader took it.
+        resumes = owner._resumes and pending is owner._resumed
+        if owner._resumes and not resumes:
+            base.next_iter_state = None  # pyright: ignore[reportAttributeAccessIssue]
+        owner._resumes, owner._resumed, owner._mark.read_by = False, None, id(owner)
         if resumes:
             discarded, starts = 0, 0
-        elif base.num_workers or owner.use_stateful_dataloader:
+        elif base.num_workers or owner.use_stateful_dataloader or (restored is not None and restored.workers):
             discarded, starts = self._to_discard(begin, per_step, pending)
         else:
             discarded, starts = 0, begin

@@ -330,6 +330,30 @@ def test_torchdata_keeps_its_state_only_inside_a_pass_that_it_reads():
     assert numbers(again) == [[4, 5], [6, 7]]
 
 
+@pytest.mark.parametrize("takes", ["another epoch", "a loader made by skipping"])
+def test_a_state_of_torchdata_goes_with_its_place(takes):
+    pytest.importorskip("torchdata")
+
+    def stateful():
+        return prepare(DataLoader(Placed(12), batch_size=2, num_workers=1), use_stateful_dataloader=True)
+
+    loader = stateful()
+    for step, _ in enumerate(loader, start=1):
+        if step == 2:
+            place, own = loader.position_state(), loader.own_state()
+    again = stateful()
+    again.load_position_state(place)
+    again.load_own_state(own)
+    if takes == "another epoch":
+        again.set_epoch(1)
+    else:
+        skipping = skip_first_batches(again, 2)
+        for step, batch in enumerate(skipping, start=3):
+            assert batch.tolist() == [2 * step - 2, 2 * step - 1]
+            assert again.own_state() is None, "it is not the one that reads"
+    assert numbers(again) == [[start, start + 1] for start in range(0, 12, 2)]
+
+
 def test_state_needs_torchdata(monkeypatch):
     loader = prepare(DataLoader(range(2)))
     for call in (loader.state_dict, lambda: loader.load_state_dict({})):
