@@ -176,8 +176,11 @@ class DrawingShards(IterableDataset):
 
     shards_itself = True
 
+    def __init__(self, size: int) -> None:
+        self.size = size
+
     def __iter__(self) -> Any:
-        return map(Drawing().__getitem__, range(4))
+        return map(Drawing().__getitem__, range(self.size))
 
 
 def draw_with_equal_seeds(workers: int) -> list[float]:
@@ -185,7 +188,7 @@ def draw_with_equal_seeds(workers: int) -> list[float]:
     seed_globals(6)
     loaders = [
         prepare(DataLoader(dataset, batch_size=2, num_workers=workers), dispatch_batches=False)
-        for dataset in (Drawing(), Drawing(), DrawingShards())
+        for dataset in (Drawing(), Drawing(), DrawingShards(4))
     ]
     return [number for _ in range(2) for loader in loaders for batch in loader for number in batch.view(-1).tolist()]
 
@@ -196,6 +199,19 @@ def test_no_rank_worker_epoch_or_loader_draws_what_another_drew(workers):
     # Each loader over 8 samples in 2 epochs, and two epochs of each rank's and worker's own 4.
     assert len(drawn) == 3 * 2 * (2 * 8 + 2 * max(1, workers) * 4)
     assert len(set(drawn)) == len(drawn)
+
+
+def skip_ragged_shards() -> list[list[float]]:
+    rank = PartialState(cpu=True).process_index
+    seed_globals(6)
+    loader = prepare(DataLoader(DrawingShards(4 + 4 * rank), batch_size=2), dispatch_batches=False)
+    return [batch.view(-1).tolist() for batch in skip_first_batches(loader, 1)]
+
+
+def test_ranks_that_skip_in_data_of_their_own_end_together_and_draw_apart():
+    first, second = run_on_ranks(skip_ragged_shards, 2)
+    assert len(first) == len(second) == 3
+    assert not set(first[0]) & set(sum(second, []))
 
 
 def go_on_with_synchronized_generators(dispatch: bool) -> tuple[list[float], list[float]]:
@@ -249,6 +265,29 @@ def test_dispatched_batches_are_topped_up_with_the_first_samples_wherever_entere
     ranks = run_on_ranks(go_on_dispatched, 2, kind)
     assert [rest for rest, _ in ranks] == [[[12]], [[0]]]
     assert [again for _, again in ranks] == [[2, [12]], [2, [0]]]
+
+
+def place_after_five(dispatch: bool, drop_last: bool) -> dict[str, Any]:
+    loader = prepare(DataLoader(range(24), batch_size=3, drop_last=drop_last), dispatch_batches=dispatch)
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    return loader.position_state()
+
+
+def counted_steps(saved: dict[str, Any], dispatch: bool, drop_last: bool) -> tuple[int, int, int]:
+    PartialState(cpu=True)
+    loader = prepare(DataLoader(range(24), batch_size=3, drop_last=drop_last), dispatch_batches=dispatch)
+    loader.load_position_state(saved)
+    return loader.position.step, len(numbers(loader)), len(loader)
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_steps_that_are_done_and_those_that_are_left_make_an_epoch(drop_last, dispatch):
+    (saved,) = run_on_ranks(place_after_five, 1, dispatch, drop_last)
+    for done, left, whole in run_on_ranks(counted_steps, 2, saved, dispatch, drop_last):
+        assert (done, left, whole) == ((3, 1, 4) if drop_last else (2, 2, 4))
 
 
 def seedable_orders() -> dict[str, Any]:
