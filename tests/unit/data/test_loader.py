@@ -384,6 +384,25 @@ def test_a_saved_place_lies_behind_skipped_batches(dispatch):
     assert numbers(again) == [[4, 5], [6, 7], [8, 9]]
 
 
+@pytest.mark.parametrize("dataset", [range(10), Counting(10)], ids=["map", "stream"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_saved_place_of_a_loader_that_is_not_prepared_lies_behind_skipped_batches(dataset, workers):
+    pytest.importorskip("torchdata")
+
+    def skipping():
+        return SkipDataLoader(dataset, 2, use_stateful_dataloader=True, batch_size=2, num_workers=workers)
+
+    loader = skipping()
+    states = [loader.state_dict()]
+    for batch in loader:
+        states.append(loader.state_dict())
+    for given, saved in enumerate(states[:3]):
+        again = skipping()
+        again.load_state_dict(saved)
+        assert numbers(again) == [[4, 5], [6, 7], [8, 9]][given:]
+        assert numbers(again) == [[4, 5], [6, 7], [8, 9]]
+
+
 def test_a_batch_of_none_is_not_the_end():
     def refuse_four(samples):
         return None if 4 in samples else torch.tensor(samples)
