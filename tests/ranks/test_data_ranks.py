@@ -255,7 +255,7 @@ def go_on_dispatched(kind: Any) -> tuple[list[Any], list[Any]]:
     PartialState(cpu=True)
 
     def loader() -> Any:
-        return prepare(DataLoader(kind(13), batch_size=3), dispatch_batches=True)
+        return prepare(DataLoader(kind(19), batch_size=3), dispatch_batches=True)
 
     whole, batches, saved = loader(), [], None
     for batch in whole:
@@ -265,14 +265,17 @@ def go_on_dispatched(kind: Any) -> tuple[list[Any], list[Any]]:
             saved = state.current_or_single().collectives.broadcast_object(whole.position_state())
     again = loader()
     again.load_position_state(saved)
-    return batches[2:], [again.position.step, *numbers(again)]
+    begins = again.position.step
+    return batches[2:], [begins, *((batch.tolist(), again.position.step) for batch in again)]
 
 
 @pytest.mark.parametrize("kind", [range, Counting])
 def test_dispatched_batches_are_topped_up_with_the_first_samples_wherever_entered(kind):
     ranks = run_on_ranks(go_on_dispatched, 2, kind)
-    assert [rest for rest, _ in ranks] == [[[12]], [[0]]]
-    assert [again for _, again in ranks] == [[2, [12]], [2, [0]]]
+    assert [rest for rest, _ in ranks] == [[[12, 13, 14], [18]], [[15, 16, 17], [0]]]
+    for rest, (begins, *again) in ranks:
+        assert (begins, [batch for batch, _ in again]) == (2, rest)
+        assert [step for _, step in again] == [3, 0], "each rank knows the place"
 
 
 def place_after_five(dispatch: bool, drop_last: bool) -> dict[str, Any]:
