@@ -62,10 +62,13 @@ def test_every_move_keeps_the_order(move, tmp_path, tally):
     check(move, tmp_path, tally, every=2)
 
 
-@pytest.mark.parametrize(("saved", "to"), [(2, 1), (1, 2), (2, 3)])
-def test_a_stream_over_workers_loses_nothing_on_another_number_of_ranks(saved, to, tmp_path):
+@pytest.mark.parametrize(
+    ("saved", "to", "loader"), [(2, 1, "torch"), (1, 2, "torch"), (2, 3, "torch"), (1, 2, "stateful")]
+)
+def test_a_stream_over_workers_loses_nothing_on_another_number_of_ranks(saved, to, loader, tmp_path):
     """Their order depends on how the workers take turns; the set of the samples that are left does not."""
-    cell = Cell("iterable", "epoch", "2-persistent", saved, size=50, batch_size=2)
+    keeps = loader == "stateful"
+    cell = Cell("iterable", "epoch", "2-persistent", saved, loader, keeps, size=50, batch_size=2)
     whole = run_on_ranks(training.uninterrupted, saved, cell, tmp_path, False)
     order, in_epoch = global_order(whole), training.steps_of_first_epoch(whole[0])
     for done in (3, in_epoch + 4):

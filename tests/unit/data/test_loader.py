@@ -325,9 +325,10 @@ def test_torchdata_keeps_its_state_only_inside_a_pass_that_it_reads():
     kept.append(loader.own_state() is not None)
     assert kept == [False, True, True, True, False, False]
     again = prepare(DataLoader(Placed(8), batch_size=2, num_workers=1), use_stateful_dataloader=True)
-    again.load_position_state(saved)
-    assert again.own_state() is None
-    assert numbers(again) == [[4, 5], [6, 7]]
+    for resumed in (again, loader):
+        resumed.load_position_state(saved)
+        assert resumed.own_state() is None, "that of the pass before"
+        assert numbers(resumed) == [[4, 5], [6, 7]]
 
 
 @pytest.mark.parametrize("takes", ["another epoch", "a loader made by skipping"])
