@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -200,6 +201,22 @@ def test_lazy_samplers_leave_the_global_generators_alone_after_their_first_item(
         again.append(batch)
         torch.rand(3), random.random()  # training draws in between
     assert again == [first, *rest]
+
+
+class Dice(Bag):
+    """Draws with replacement, from very many."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(lambda: random.randrange(2**40), None)
+
+
+def test_what_lazy_samplers_draw_is_new_in_each_pass():
+    passes = []
+    for _ in range(2):
+        feed = feed_over([])
+        feed.begin(source_of(BatchSampler(Dice(20), 3, False)), 0, None, None)
+        passes.append(sum(islice(feed, 4), []))
+    assert not set(passes[0]) & set(passes[1])
 
 
 def test_the_first_batches_are_kept_for_topping_up():
