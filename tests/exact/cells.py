@@ -132,6 +132,10 @@ def grid() -> list[Cell]:
             (1, 2),
         )
     ]
+    cells += [
+        Cell(reads, "epoch", workers, ranks, loader="stateful", keeps_state=True, augmented=True)
+        for reads, workers, ranks in product(("iterable", "dispatched-iterable"), WORKERS, (1, 2))
+    ]
     return cells
 
 
@@ -154,6 +158,7 @@ def sample_of_grid() -> list[Cell]:
         Cell("dispatched-map", "plain", "0", 2, habit="load"),
         Cell("iterable", "epoch", "0", 2, habit="load"),
         Cell("iterable", "buffer", "0", 1, keeps_state=True, habit="recipe"),
+        Cell("iterable", "epoch", "2", 1, loader="stateful", keeps_state=True, augmented=True, habit="recipe"),
         Cell("dispatched-iterable", "global", "0", 2, habit="recipe"),
         Cell("dispatched-iterable", "epoch-buffer", "2", 2, keeps_state=True, habit="load"),
     ]

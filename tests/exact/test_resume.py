@@ -128,6 +128,7 @@ TWICE = [
     Cell("dispatched-map", "weighted", "0", 2),
     Cell("iterable", "epoch-buffer", "0", 2),
     Cell("dispatched-iterable", "global", "0", 1, keeps_state=True),
+    Cell("iterable", "epoch", "2", 1, loader="stateful", keeps_state=True),
 ]
 
 
@@ -144,7 +145,12 @@ def check_twice(cell: Cell, folder: Path, *, firsts: slice, seconds: slice, tall
 
 @pytest.mark.parametrize(
     "cell",
-    [replace(TWICE[0], habit="load"), replace(TWICE[0], habit="recipe"), replace(TWICE[4], habit="recipe")],
+    [
+        replace(TWICE[0], habit="load"),
+        replace(TWICE[0], habit="recipe"),
+        replace(TWICE[4], habit="recipe"),
+        replace(TWICE[6], habit="recipe"),
+    ],
     ids=str,
 )
 def test_a_resumed_run_is_interrupted_again(cell, tmp_path, tally):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.exact import training
-from tests.exact.cells import Move, moves, sample_of_moves
+from tests.exact.cells import Cell, Move, moves, sample_of_moves
 from tests.exact.training import EPOCHS, Trace
 from tests.support.ranks import run_on_ranks
 
@@ -60,3 +60,29 @@ def test_the_order_does_not_depend_on_the_number_of_ranks(move, tmp_path, tally)
 @pytest.mark.parametrize("move", moves(), ids=str)
 def test_every_move_keeps_the_order(move, tmp_path, tally):
     check(move, tmp_path, tally, every=2)
+
+
+@pytest.mark.parametrize(
+    ("saved", "to", "loader"), [(2, 1, "torch"), (1, 2, "torch"), (2, 3, "torch"), (1, 2, "stateful")]
+)
+def test_a_stream_over_workers_loses_nothing_on_another_number_of_ranks(saved, to, loader, tmp_path):
+    """Their order depends on how the workers take turns; the set of the samples that are left does not."""
+    keeps = loader == "stateful"
+    cell = Cell("iterable", "epoch", "2-persistent", saved, loader, keeps, size=50, batch_size=2)
+    whole = run_on_ranks(training.uninterrupted, saved, cell, tmp_path, False)
+    order, in_epoch = global_order(whole), training.steps_of_first_epoch(whole[0])
+    for done in (3, in_epoch + 4):
+        read = sum(step.real for trace in whole for step in trace.steps[:done])
+        traces = run_on_ranks(training.resumed, to, cell, tmp_path, f"{done}", in_epoch, None, False)
+        assert sorted(global_order(traces)) == sorted(order[read:])
+
+
+def test_a_stream_that_moved_goes_on_exactly_from_its_next_save(tmp_path):
+    """Workers that were told where to start count from there, so torchdata's state of them is not kept."""
+    cell = Cell("iterable", "epoch", "2", 2, loader="stateful", keeps_state=True, size=50, batch_size=2)
+    saved, moved = tmp_path / "saved", tmp_path / "moved"
+    in_epoch = training.steps_of_first_epoch(run_on_ranks(training.uninterrupted, 2, cell, saved, False)[0])
+    (once,) = run_on_ranks(training.resumed, 1, cell, saved, "3", in_epoch, moved, False)
+    for name in ("5", "8"):
+        (twice,) = run_on_ranks(training.resumed, 1, cell, moved, name, in_epoch, None, False)
+        assert twice.steps == once.steps[training.steps_in(name) - 3 :]

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Sampler,
+    WeightedRandomSampler,
+)
 
 from accelerate.data.dispatcher import DataLoaderDispatcher
 from accelerate.data.iterables import IterableDatasetShard
@@ -17,6 +28,8 @@ from accelerate.data.protocol import DispatchError
 from accelerate.data.resume import skip_first_batches
 from accelerate.data.samplers import BatchSamplerShard, SeedableRandomSampler
 from accelerate.data.shards import Padding
+from accelerate.data.streams import Snapshot, seed_globals
+from accelerate.runtime import state
 from accelerate.runtime.accumulation import GradientState
 from accelerate.runtime.partial_state import PartialState
 from tests.support.data_tables import TABLES, Counting, SizedCounting, expected_cell
@@ -93,13 +106,35 @@ def _two_epochs(loader: Any) -> list[list[list[int]]]:
     return [numbers(loader), numbers(loader)]
 
 
+class Permuted(Sampler[int]):
+    """Draws its order with numpy's global generator when a pass begins."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(np.random.permutation(self.size).tolist())
+
+
+class Bag(Permuted):
+    """Draws each index with Python's global generator when it is asked for it."""
+
+    def __iter__(self) -> Iterator[int]:
+        left = list(range(self.size))
+        while left:
+            yield left.pop(random.randrange(len(left)))
+
+
 def shuffle_with_other_seeds() -> dict[str, Any]:
-    """Ranks seed torch differently, as after `set_seed(device_specific=True)`."""
+    """Ranks seed all generators differently, as after `set_seed(device_specific=True)`."""
     state = PartialState(cpu=True)
     found: dict[str, Any] = {}
 
     def shuffling(**options: Any) -> DataLoader:
-        torch.manual_seed(100 + state.process_index)
+        seed_globals(100 + state.process_index)
         return DataLoader(range(12), batch_size=3, **({"shuffle": True} | options))
 
     found["plain"] = _two_epochs(prepare(shuffling()))
@@ -110,11 +145,19 @@ def shuffle_with_other_seeds() -> dict[str, Any]:
     found["dispatch"] = _two_epochs(prepare(shuffling(), dispatch_batches=True))
     weighted = WeightedRandomSampler([1.0] * 12, 12, replacement=False)
     found["weighted"] = _two_epochs(prepare(shuffling(shuffle=None, sampler=weighted)))
+    found["numpy"] = _two_epochs(prepare(shuffling(shuffle=None, sampler=Permuted(12))))
+    found["bag"] = _two_epochs(prepare(shuffling(shuffle=None, sampler=Bag(12))))
+    given_later = prepare(shuffling())
+    given_later.set_sampler(RandomSampler(range(12)))
+    found["given later"] = _two_epochs(given_later)
+    found["own numbers"] = [random.random(), float(np.random.rand()), torch.rand(()).item()]
     return found
 
 
 def test_differently_seeded_ranks_read_disjoint_shares_in_every_epoch():
     ranks = run_on_ranks(shuffle_with_other_seeds, 2)
+    own = [rank.pop("own numbers") for rank in ranks]
+    assert not set(own[0]) & set(own[1]), "what is not the order stays each rank's own"
     for way in ranks[0]:
         epochs = [[sum(rank[way][epoch], []) for rank in ranks] for epoch in range(2)]
         for shares in epochs:
@@ -124,6 +167,138 @@ def test_differently_seeded_ranks_read_disjoint_shares_in_every_epoch():
     for epoch, order in enumerate(seed_5):
         assert ranks[0]["data_seed"][epoch] == [order[0:3], order[6:9]]
         assert ranks[1]["data_seed"][epoch] == [order[3:6], order[9:12]]
+
+
+class Drawing(Dataset):
+    """Each sample is drawn."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor([random.random(), float(np.random.rand()), torch.rand(()).item()], dtype=torch.float64)
+
+
+class DrawingShards(IterableDataset):
+    """Each sample is drawn, and each rank and worker has samples of its own."""
+
+    shards_itself = True
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Any:
+        return map(Drawing().__getitem__, range(self.size))
+
+
+def draw_with_equal_seeds(workers: int) -> list[float]:
+    PartialState(cpu=True)
+    seed_globals(6)
+    loaders = [
+        prepare(DataLoader(dataset, batch_size=2, num_workers=workers), dispatch_batches=False)
+        for dataset in (Drawing(), Drawing(), DrawingShards(4))
+    ]
+    return [number for _ in range(2) for loader in loaders for batch in loader for number in batch.view(-1).tolist()]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_no_rank_worker_epoch_or_loader_draws_what_another_drew(workers):
+    drawn = sum(run_on_ranks(draw_with_equal_seeds, 2, workers), [])
+    # Each loader over 8 samples in 2 epochs, and two epochs of each rank's and worker's own 4.
+    assert len(drawn) == 3 * 2 * (2 * 8 + 2 * max(1, workers) * 4)
+    assert len(set(drawn)) == len(drawn)
+
+
+def skip_ragged_shards() -> list[list[float]]:
+    rank = PartialState(cpu=True).process_index
+    seed_globals(6)
+    loader = prepare(DataLoader(DrawingShards(4 + 4 * rank), batch_size=2), dispatch_batches=False)
+    return [batch.view(-1).tolist() for batch in skip_first_batches(loader, 1)]
+
+
+def test_ranks_that_skip_in_data_of_their_own_end_together_and_draw_apart():
+    first, second = run_on_ranks(skip_ragged_shards, 2)
+    assert len(first) == len(second) == 3
+    assert not set(first[0]) & set(sum(second, []))
+
+
+def go_on_with_synchronized_generators(dispatch: bool) -> tuple[list[float], list[float]]:
+    rank = PartialState(cpu=True).process_index
+
+    def loader() -> Any:
+        return prepare(DataLoader(range(16), batch_size=2), rng_types=["torch"], dispatch_batches=dispatch)
+
+    def draws(loader: Any) -> Iterator[float]:
+        for _ in loader:
+            yield torch.rand(1 + rank)[0].item()
+
+    whole = loader()
+    drawing = draws(whole)
+    next(drawing), next(drawing)
+    saved, generators = whole.position_state(), Snapshot()
+    rest = list(drawing)
+    again = loader()
+    again.load_position_state(saved)
+    generators.restore()
+    return rest, list(draws(again))
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_generators_that_were_equal_at_the_start_are_each_ranks_own_in_the_middle(dispatch):
+    ranks = run_on_ranks(go_on_with_synchronized_generators, 2, dispatch)
+    for rest, again in ranks:
+        assert again == rest
+    assert ranks[0][0] != ranks[1][0]
+
+
+def go_on_dispatched(kind: Any) -> tuple[list[Any], list[Any]]:
+    PartialState(cpu=True)
+
+    def loader() -> Any:
+        return prepare(DataLoader(kind(19), batch_size=3), dispatch_batches=True)
+
+    whole, batches, saved = loader(), [], None
+    for batch in whole:
+        batches.append(batch.tolist())
+        if len(batches) == 2:
+            # What a checkpoint holds is what rank 0 says.
+            saved = state.current_or_single().collectives.broadcast_object(whole.position_state())
+    again = loader()
+    again.load_position_state(saved)
+    begins = again.position.step
+    return batches[2:], [begins, *((batch.tolist(), again.position.step) for batch in again)]
+
+
+@pytest.mark.parametrize("kind", [range, Counting])
+def test_dispatched_batches_are_topped_up_with_the_first_samples_wherever_entered(kind):
+    ranks = run_on_ranks(go_on_dispatched, 2, kind)
+    assert [rest for rest, _ in ranks] == [[[12, 13, 14], [18]], [[15, 16, 17], [0]]]
+    for rest, (begins, *again) in ranks:
+        assert (begins, [batch for batch, _ in again]) == (2, rest)
+        assert [step for _, step in again] == [3, 0], "each rank knows the place"
+
+
+def place_after_five(dispatch: bool, drop_last: bool) -> dict[str, Any]:
+    loader = prepare(DataLoader(range(24), batch_size=3, drop_last=drop_last), dispatch_batches=dispatch)
+    batches = iter(loader)
+    for _ in range(5):
+        next(batches)
+    return loader.position_state()
+
+
+def counted_steps(saved: dict[str, Any], dispatch: bool, drop_last: bool) -> tuple[int, int, int]:
+    PartialState(cpu=True)
+    loader = prepare(DataLoader(range(24), batch_size=3, drop_last=drop_last), dispatch_batches=dispatch)
+    loader.load_position_state(saved)
+    return loader.position.step, len(numbers(loader)), len(loader)
+
+
+@pytest.mark.parametrize("dispatch", [False, True])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_steps_that_are_done_and_those_that_are_left_make_an_epoch(drop_last, dispatch):
+    (saved,) = run_on_ranks(place_after_five, 1, dispatch, drop_last)
+    for done, left, whole in run_on_ranks(counted_steps, 2, saved, dispatch, drop_last):
+        assert (done, left, whole) == ((3, 1, 4) if drop_last else (2, 2, 4))
 
 
 def seedable_orders() -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -36,7 +37,8 @@ def _work(rank: int, world_size: int, port: int, folder: str, fn: Callable[..., 
         OMP_NUM_THREADS="1",
         ACCELERATE_USE_CPU="true",
     )
-    faulthandler.enable()
+    trace = (Path(folder) / f"{rank}.trace").open("w")
+    faulthandler.register(signal.SIGUSR1, trace, all_threads=True)
     import torch
 
     torch.set_num_threads(1)
@@ -79,8 +81,10 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
                 break
         for rank, worker in enumerate(workers):
             if worker.is_alive():
+                dead.append(
+                    f"rank {rank} did not come back in {timeout} s, and was here:\n{_where(worker.pid, folder, rank)}"
+                )
                 worker.kill()
-                dead.append(f"rank {rank} did not come back in {timeout} s")
             worker.join()
             if worker.exitcode and not (Path(folder) / str(rank)).exists() and worker.exitcode != -9:
                 dead.append(f"rank {rank} died with exit code {worker.exitcode}")
@@ -91,6 +95,20 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
     if dead:
         raise AssertionError("; ".join(dead))
     return [value for _, value in results]
+
+
+def _where(pid: int | None, folder: str, rank: int) -> str:
+    """Ask a rank that does not come back what it is doing; the kernel's view helps where Python is not running."""
+    if pid is None:
+        return "it was not started"
+    os.kill(pid, signal.SIGUSR1)
+    time.sleep(1)
+    trace = Path(folder) / f"{rank}.trace"
+    kernel = [
+        f"{task.name} {(task / 'comm').read_text().strip()} {(task / 'wchan').read_text()}"
+        for task in Path(f"/proc/{pid}/task").glob("*")
+    ]
+    return "\n".join([trace.read_text() if trace.exists() else "it did not begin", *kernel])
 
 
 def _failed(folder: str, rank: int) -> bool:

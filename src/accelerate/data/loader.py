@@ -43,7 +43,7 @@ from .under import shard_of
 NOTHING = object()
 """What a source without a further batch gives; `None` is a batch like any other."""
 
-_POSITION = "position"
+POSITION = "position"
 """Under which name the state of a stateful loader holds what torchdata does not know of."""
 
 
@@ -77,6 +77,8 @@ class DataLoaderAdapter(DataLoader[Any]):
         self.dl_state_dict: dict[str, Any] | None = None
         self.skip_batches = 0
         self._resumes = False
+        self._resumed: Place | None = None
+        """The restored place that torchdata's state belongs to."""
         self._base_counts = True
         self._loops_around: dict[int, int] = {}
         self._loops_beside: dict[int, int] = {}
@@ -123,7 +125,13 @@ class DataLoaderAdapter(DataLoader[Any]):
     def own_state(self) -> dict[str, Any] | None:
         """Return torchdata's state of this rank's reading, where it saves reading up to the place again, and is right."""
         mid_pass = self._mark.now()[1] is not None and self._mark.pending is None
-        if not (mid_pass and self.use_stateful_dataloader and self._reader.saves_in_workers and self._base_counts):
+        if not (
+            mid_pass
+            and self._mark.read_by == id(self)
+            and self.use_stateful_dataloader
+            and self._reader.saves_in_workers
+            and self._base_counts
+        ):
             return None
         base: Any = self.base_dataloader
         return base.state_dict() if self.dl_state_dict is None else self.dl_state_dict
@@ -132,11 +140,11 @@ class DataLoaderAdapter(DataLoader[Any]):
         """Continue from what `own_state` returned on this rank."""
         self.dl_state_dict = saved
         if not self._reader.iterable:
-            self._reader.go_to_step(_steps_of(saved))
+            self._reader.go_to_step(steps_of_state(saved))
             return
         base: Any = self.base_dataloader
         base.load_state_dict(saved)
-        self._resumes = True
+        self._resumes, self._resumed = True, self._mark.pending
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place in the current pass, counting only batches that the loop was given.
@@ -149,7 +157,7 @@ class DataLoaderAdapter(DataLoader[Any]):
         unread = not self._reader.iterable and base._iterator is None
         kept = self.dl_state_dict if self._reader.iterable or unread else None
         own = kept if kept is not None else {} if unread else base.state_dict()
-        return {**own, _POSITION: self.position_state()}
+        return {**own, POSITION: self.position_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue the next pass from a place that `state_dict` returned.
@@ -158,10 +166,10 @@ class DataLoaderAdapter(DataLoader[Any]):
             SettingError: (a `ValueError`) without `use_stateful_dataloader`.
         """
         self._require_stateful("load_state_dict")
-        own = {name: value for name, value in state_dict.items() if name != _POSITION}
-        if _POSITION in state_dict:
-            self.load_position_state(state_dict[_POSITION])
-        if _POSITION not in state_dict or self._reader.saves_in_workers:
+        own = {name: value for name, value in state_dict.items() if name != POSITION}
+        if POSITION in state_dict:
+            self.load_position_state(state_dict[POSITION])
+        if POSITION not in state_dict or self._reader.saves_in_workers:
             self.load_own_state(own)
         else:  # where indices say what to read, the place is known without torchdata's state
             self.dl_state_dict = own
@@ -407,7 +415,7 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
             self._seed_is_shared = True
 
 
-def _steps_of(saved: dict[str, Any]) -> int:
+def steps_of_state(saved: dict[str, Any]) -> int:
     """Return how many batches a loader of torchdata had given."""
     if "_num_yielded" in saved:
         return saved["_num_yielded"]

@@ -103,7 +103,7 @@ class DataLoaderStateMixin:
         self._loops_around = {
             id(loader): getattr(loader, "steps_given", 0)
             for loader in self.gradient_state.dataloader_references
-            if loader is not None and self._loops_beside.get(id(loader), -1) != getattr(loader, "pass_began", 0)
+            if loader not in (None, self) and self._loops_beside.get(id(loader), -1) != getattr(loader, "pass_began", 0)
         }
 
     def is_inside(self, loader: Any) -> bool:

@@ -157,6 +157,8 @@ class Bookmark:
         """Whether the pass began at a place that was restored."""
         self.loads = 0
         """How often a place was restored."""
+        self.read_by = 0
+        """The `id` of the loader that reads the pass: this one, or one that `skip_first_batches` made of it."""
         self.has_workers = False
         """Whether worker processes were made that last until the end of the run."""
 

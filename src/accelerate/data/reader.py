@@ -203,7 +203,11 @@ class Reader:
         per_step = self._stream_step()
         begin = self._begin(pending, per_step)
         restored = pending if pending is not owner.replaces else None
-        resumes, owner._resumes = owner._resumes, False  # whether torchdata's loader goes on by itself
+        # torchdata's loader goes on by itself, unless its place was given up or another loader took it.
+        resumes = owner._resumes and pending is owner._resumed
+        if owner._resumes and not resumes:
+            base.next_iter_state = None  # pyright: ignore[reportAttributeAccessIssue]
+        owner._resumes, owner._resumed, owner._mark.read_by = False, None, id(owner)
         with self._opened(pending, self._is_shared) as opening_states:
             own = owner.shard_index if owner.agreement is not None else 0  # each rank reads samples of its own
             seeds = Snapshot(opening_states["random"]).seeds("data", owner.iteration, own)

@@ -12,7 +12,7 @@ from ..core.errors import SettingError, explain
 from ..runtime.accumulation import GradientState
 from .agreement import Agreement
 from .dispatcher import DataLoaderDispatcher
-from .loader import DataLoaderAdapter, DataLoaderShard
+from .loader import POSITION, DataLoaderAdapter, DataLoaderShard, steps_of_state
 from .loop import DataLoaderStateMixin
 from .prepare import is_stateful, loader_arguments
 from .samplers import SkipBatchSampler
@@ -45,6 +45,14 @@ class SkipDataLoader(DataLoaderAdapter, DataLoaderStateMixin):
             self.adjust_state_dict_for_prefetch()
             yield batch
         self.adjust_state_dict_for_prefetch()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue the next pass from a place that `state_dict` returned, by torchdata's state of it."""
+        base: Any = self._require_stateful("load_state_dict")
+        own = {name: value for name, value in state_dict.items() if name != POSITION}
+        if own:  # nothing was read yet where there is none
+            base.load_state_dict(own)
+        self._resumes = bool(own) and steps_of_state(own) > 0
 
     def _left_out(self) -> int:
         # A place that was loaded lies behind the batches to skip already.

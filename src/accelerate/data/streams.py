@@ -74,7 +74,7 @@ class Snapshot:
         version, words, _ = self.states["python"]
         name, keys, position, *_ = self.states["numpy"]
         return (
-            _seed_of(repr((version, hash(words))).encode(), *parts),
+            _seed_of(repr(version).encode() + np.asarray(words).tobytes(), *parts),
             _seed_of(repr((name, position)).encode() + np.asarray(keys).tobytes(), *parts),
             self.torch_seed(*parts),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import pytest
@@ -118,6 +119,36 @@ def test_another_number_of_shards_continues_the_same_order(num_samples, rows, co
         assert real == list(range(begin, num_samples))
 
 
+@pytest.mark.parametrize("name", ["sequential", "custom"])
+@pytest.mark.parametrize("begin", [0, 2, 4])
+def test_more_shards_than_were_read_for_top_up_with_the_first_samples(name, begin):
+    """A last round goes on with the first samples of the pass, even where less than a round was read before."""
+    order = list(SAMPLERS[name](5))
+    rounds = []
+    for index in range(4):
+        rounds += indices_of(BatchSamplerShard(BatchSampler(SAMPLERS[name](5), 2, False), 4, index), begin)[0]
+    assert sum(rounds, []) == [order[place % 5] for place in range(begin, begin + 8)]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_what_is_no_multiple_of_the_global_batch_is_left_out_wherever_entered(name):
+    for begin in (0, 4):
+        shards = []
+        for index in range(2):
+            batches = BatchSamplerShard(BatchSampler(SAMPLERS[name](15), 2, True), 2, index)
+            batches.spread, batches.multiple = True, 8  # two batches are accumulated on each of two shards
+            seed_globals(3)
+            shards.append(indices_of(batches, begin)[0])
+        assert sum(map(len, sum(shards, []))) == 8 - begin
+
+
+def test_a_batch_size_that_was_changed_after_sharing_is_respected():
+    batches = BatchSampler(range(12), 2, False)
+    shard = BatchSamplerShard(batches, 2, 1)
+    batches.batch_size = 3
+    assert indices_of(shard, 0)[0] == list(shard) == [[3, 4, 5], [9, 10, 11]]
+
+
 def test_the_last_batch_and_its_padding_are_known_one_ahead():
     feed = feed_over([])
     batches = BatchSamplerShard(BatchSampler(SequentialSampler(range(7)), 2, False), 2, 1)
@@ -170,6 +201,22 @@ def test_lazy_samplers_leave_the_global_generators_alone_after_their_first_item(
         again.append(batch)
         torch.rand(3), random.random()  # training draws in between
     assert again == [first, *rest]
+
+
+class Dice(Bag):
+    """Draws with replacement, from very many."""
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(lambda: random.randrange(2**40), None)
+
+
+def test_what_lazy_samplers_draw_is_new_in_each_pass():
+    passes = []
+    for _ in range(2):
+        feed = feed_over([])
+        feed.begin(source_of(BatchSampler(Dice(20), 3, False)), 0, None, None)
+        passes.append(sum(islice(feed, 4), []))
+    assert not set(passes[0]) & set(passes[1])
 
 
 def test_the_first_batches_are_kept_for_topping_up():

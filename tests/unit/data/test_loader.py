@@ -97,6 +97,14 @@ def test_nested_loaders_and_breaking_out():
     assert not state.in_dataloader
 
 
+@pytest.mark.parametrize("dispatch", [False, True])
+def test_a_loop_that_ends_without_asking_for_more_has_ended_the_pass(dispatch):
+    first, second = (prepare(DataLoader(range(4), batch_size=2), dispatch_batches=dispatch) for _ in range(2))
+    for epoch in range(2):
+        assert len(list(zip(first, second, strict=False))) == 2
+        assert (first.position.epoch, second.position.epoch) == (epoch + 1, epoch + 1)
+
+
 def test_an_error_while_reading_ends_the_pass():
     def refuse(samples):
         raise OSError("unreadable")
@@ -272,6 +280,81 @@ def test_stateful_loader_counts_only_what_the_loop_was_given(make, workers):
         assert numbers(again) == whole
 
 
+@pytest.mark.parametrize(
+    "make", [lambda: DataLoader(range(8), batch_size=2), lambda: DataLoader(Counting(8), batch_size=2)]
+)
+def test_a_state_of_torchdata_alone_is_followed(make):
+    pytest.importorskip("torchdata")
+    loader = prepare(make(), use_stateful_dataloader=True)
+    for step, _ in enumerate(loader):
+        if step == 1:
+            saved = loader.state_dict()
+    del saved["position"]  # as a state from elsewhere
+    again = prepare(make(), use_stateful_dataloader=True)
+    again.load_state_dict(saved)
+    assert numbers(again) == [[4, 5], [6, 7]]
+    assert len(numbers(again)) == 4
+
+
+class Placed(Counting):
+    """Says how much of it was read, and goes on from there."""
+
+    read = 0
+
+    def state_dict(self):
+        return {"read": self.read}
+
+    def load_state_dict(self, state):
+        self.read = state["read"]
+
+    def __iter__(self):
+        while self.read < self.size:
+            self.read += 1
+            yield self.read - 1
+        self.read = 0
+
+
+def test_torchdata_keeps_its_state_only_inside_a_pass_that_it_reads():
+    pytest.importorskip("torchdata")
+    loader = prepare(DataLoader(Placed(8), batch_size=2, num_workers=1), use_stateful_dataloader=True)
+    kept = [loader.own_state() is not None]
+    for step, _ in enumerate(loader, start=1):
+        kept.append(loader.own_state() is not None)
+        if step == 2:
+            saved = loader.position_state()
+    kept.append(loader.own_state() is not None)
+    assert kept == [False, True, True, True, False, False]
+    again = prepare(DataLoader(Placed(8), batch_size=2, num_workers=1), use_stateful_dataloader=True)
+    for resumed in (again, loader):
+        resumed.load_position_state(saved)
+        assert resumed.own_state() is None, "that of the pass before"
+        assert numbers(resumed) == [[4, 5], [6, 7]]
+
+
+@pytest.mark.parametrize("takes", ["another epoch", "a loader made by skipping"])
+def test_a_state_of_torchdata_goes_with_its_place(takes):
+    pytest.importorskip("torchdata")
+
+    def stateful():
+        return prepare(DataLoader(Placed(12), batch_size=2, num_workers=1), use_stateful_dataloader=True)
+
+    loader = stateful()
+    for step, _ in enumerate(loader, start=1):
+        if step == 2:
+            place, own = loader.position_state(), loader.own_state()
+    again = stateful()
+    again.load_position_state(place)
+    again.load_own_state(own)
+    if takes == "another epoch":
+        again.set_epoch(1)
+    else:
+        skipping = skip_first_batches(again, 2)
+        for step, batch in enumerate(skipping, start=3):
+            assert batch.tolist() == [2 * step - 2, 2 * step - 1]
+            assert again.own_state() is None, "it is not the one that reads"
+    assert numbers(again) == [[start, start + 1] for start in range(0, 12, 2)]
+
+
 def test_state_needs_torchdata(monkeypatch):
     loader = prepare(DataLoader(range(2)))
     for call in (loader.state_dict, lambda: loader.load_state_dict({})):
@@ -300,6 +383,25 @@ def test_a_saved_place_lies_behind_skipped_batches(dispatch):
     again.load_state_dict(loader.state_dict())
     assert numbers(again) == [[6, 7], [8, 9]]
     assert numbers(again) == [[4, 5], [6, 7], [8, 9]]
+
+
+@pytest.mark.parametrize("dataset", [range(10), Counting(10)], ids=["map", "stream"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_saved_place_of_a_loader_that_is_not_prepared_lies_behind_skipped_batches(dataset, workers):
+    pytest.importorskip("torchdata")
+
+    def skipping():
+        return SkipDataLoader(dataset, 2, use_stateful_dataloader=True, batch_size=2, num_workers=workers)
+
+    loader = skipping()
+    states = [loader.state_dict()]
+    for batch in loader:
+        states.append(loader.state_dict())
+    for given, saved in enumerate(states[:3]):
+        again = skipping()
+        again.load_state_dict(saved)
+        assert numbers(again) == [[4, 5], [6, 7], [8, 9]][given:]
+        assert numbers(again) == [[4, 5], [6, 7], [8, 9]]
 
 
 def test_a_batch_of_none_is_not_the_end():
