@@ -123,6 +123,22 @@ def index(world_size):
     return case
 
 
+def skip(accelerator):
+    from accelerate import skip_first_batches
+
+    generator = torch.Generator().manual_seed(1)
+    data = range(5_000_000)
+    prepared = accelerator.prepare(DataLoader(data, batch_size=32, shuffle=True, generator=generator))
+
+    def by_hand():
+        torch.randperm(5_000_000, generator=generator)
+
+    def with_library():
+        next(iter(skip_first_batches(prepared, 150_000)))
+
+    return by_hand, with_library
+
+
 def ddp(accelerator):
     inputs = torch.randn(4, 10)
 
@@ -221,6 +237,7 @@ CASES = {
     "loader": ("loader of 20,000 single-sample batches", loader, 1, {}, 1.05),
     "index-64": ("index work, 4,000,000 samples, rank 3 of 64", index(64), 1, {}, 0.5),
     "index-8": ("index work, 4,000,000 samples, rank 3 of 8", index(8), 1, {}, None),
+    "skip": ("batch 150,000 of 156,250, against one permutation", skip, 1, {}, 1.10),
     "ddp": ("2-process DDP step", ddp, 2, {}, 1.03),
     "gather": ("gather_for_metrics, 2 processes", gather, 2, {}, 1.10),
     "pad": ("pad_across_processes and gather, 2 processes", pad, 2, {}, 1.10),

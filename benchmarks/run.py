@@ -101,15 +101,15 @@ def main() -> None:
     options = parser.parse_args()
     peer = str(options.peer.resolve()) if options.peer.is_dir() else None
     print("time with the library / time by hand: median (quartiles)\n")
-    print(f"| {'case':46} | {'this library':22} | bound | {'Accelerate 1.15':22} | by hand |")
-    print(f"|{'-' * 48}|{'-' * 24}|{'-' * 7}|{'-' * 24}|{'-' * 9}|")
+    print(f"| {'case':51} | {'this library':22} | bound | {'Accelerate 1.15':22} | by hand |")
+    print(f"|{'-' * 53}|{'-' * 24}|{'-' * 7}|{'-' * 24}|{'-' * 9}|")
     for name in options.cases or CASES:
         title, _, processes, _, bound = CASES[name]
         found = measure(name, processes, options.rounds, peer, name in ONLY_HERE)
         hand = f"{statistics.median(found['by hand']) * 1000:.0f} ms"
         limit = "-" if bound is None else f"{bound:.2f}"
         print(
-            f"| {title:46} | {quartiles(found['ours']):22} | {limit:5} | {quartiles(found['peer']):22} | {hand:7} |",
+            f"| {title:51} | {quartiles(found['ours']):22} | {limit:5} | {quartiles(found['peer']):22} | {hand:7} |",
             flush=True,
         )
 

@@ -57,6 +57,13 @@ def test_examples_of_accumulation_run_on_one_process_and_on_two(number, tmp_path
     run(examples[number], tmp_path, "-m", "accelerate", "launch", "--cpu", "--num_processes", "2")
 
 
+def test_examples_of_data_do_what_they_say(tmp_path):
+    examples = blocks("docs/explain/data.md")
+    assert len(examples) == 3
+    for example in examples:
+        run(example, tmp_path)
+
+
 def test_every_link_in_the_documentation_leads_somewhere():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
     for page in pages:
