@@ -17,6 +17,10 @@ _NOT_OURS = {
 }
 
 
+# Torch's store looks up the name of each address that connects, in the domain name system, and has no answer until a
+# lost packet has timed out: five seconds, twice.
+os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
 # The same examples in every run: a test that fails does so again. New ones: HYPOTHESIS_PROFILE=explore make test.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.register_profile("explore")

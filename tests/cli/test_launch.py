@@ -184,8 +184,12 @@ def test_a_caller_that_is_asked_to_end_ends_its_script_first(place, sent):
         "print(os.getpid(), flush=True)\ntime.sleep(60)"
     )
     (place / "caller.py").write_text(
+        "import signal\n"
         "from accelerate.commands.launch import launch_command, launch_command_parser\n"
         "from accelerate.launch.report import WorkersFailed\n"
+        # Under nohup, or behind `&`, these are ignored, and whatever is started ignores them too.
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "try:\n    launch_command(launch_command_parser().parse_args(['s.py']))\n"
         "except WorkersFailed as error:\n    print(error.status, error)\n"
         "except KeyboardInterrupt:\n    print('interrupted')\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import gc
 import os
 import pickle
 import signal
@@ -42,6 +43,7 @@ def _work(rank: int, world_size: int, port: int, folder: str, fn: Callable[..., 
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # destructors of what the test process holds, such as stores and loaders, are not for its copies
     status, value = "ok", None
     try:
         value = fn(*args)
@@ -49,9 +51,20 @@ def _work(rank: int, world_size: int, port: int, folder: str, fn: Callable[..., 
         status, value = "error", (repr(error), traceback.format_exc())
     (Path(folder) / f"{rank}.tmp").write_bytes(pickle.dumps((status, value)))
     os.rename(f"{folder}/{rank}.tmp", f"{folder}/{rank}")
+    if rank == 0:  # it holds the store, which others may still be joining
+        _wait_for_all(folder, world_size)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # a forked copy of the test process must not run its exit handlers
+
+
+def _wait_for_all(folder: str, world_size: int) -> None:
+    deadline = time.monotonic() + 4
+    missing = set(range(world_size))
+    while missing and time.monotonic() < deadline:
+        missing = {rank for rank in missing if not (Path(folder) / str(rank)).exists()}
+        if missing:
+            time.sleep(0.005)
 
 
 def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:

@@ -44,6 +44,8 @@ class DataLoaderStateMixin:
     """How many batches each loader that was iterated had given when `iter` was called for this pass, by identity."""
     _loops_beside: dict[int, int]
     """The loaders that went on during this loader's last pass, by identity, with the beginning of their pass then."""
+    _began_alone = True
+    """Whether no other loop ran when the last pass began."""
     pass_began = 0
     """How many batches the loader had given in all when its pass began."""
 
@@ -118,6 +120,8 @@ class DataLoaderStateMixin:
         self.reset()
         self.remainder = self._expected_remainder()
         self.pass_began = self.steps_given
+        running = [loader for loader in self.gradient_state.dataloader_references if loader not in (None, self)]
+        self._began_alone = all(getattr(loader, "_left_early", 0) for loader in running)
         self.gradient_state._add_dataloader(self)
 
     def end(self) -> None:
@@ -145,13 +149,7 @@ class DataLoaderStateMixin:
     def _take_pending(self) -> tuple[Place | None, int]:
         """Return where the pass that begins now continues, and how often places were restored until then."""
         mark = self._mark
-        if (
-            mark.pending is None
-            and mark.place is not None
-            and mark.continues
-            and mark.given == 1
-            and not self._loops_around
-        ):
+        if mark.pending is None and mark.place is not None and mark.continues and mark.given == 1 and self._began_alone:
             warnings.warn(
                 f"{type(self).__name__} begins epoch {mark.iteration} anew, and was to continue in the middle of it: a "
                 "loop that began where load_state left it was left after one batch. To look at a batch without using "
