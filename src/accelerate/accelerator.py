@@ -495,11 +495,13 @@ class Accelerator:
                 step are then those of one batch of all items of the window, on all ranks; collective at its end.
             **kwargs: As for `torch.Tensor.backward`.
         """
+        session = self._session
         if not self._backward_ran:
-            self._session.strategy.check_first_backward(self._session.prepared_models)
+            session.strategy.check_first_backward(session.prepared_models)
             self._backward_ran = True
-        uneven.check_backward(self._session, joinable=num_items is None)
-        self._session.windows.backward(loss, num_items, **kwargs)
+        if session.uneven:
+            uneven.check_backward(session, joinable=num_items is None)
+        session.windows.backward(loss, num_items, **kwargs)
 
     def clip_grad_norm_(
         self,

@@ -203,13 +203,24 @@ class Feed:
         """
         self.source, self.last, self.paddings = source, None, {}
         self._seed, self._drawn = seed, 0
-        self._first = begin // source.units_per_step
+        self._begin, self._first = begin, begin // source.units_per_step
+        self._total: int | None = None
+        self._is_counted = False
         ahead = behind + max(1, self.loader.num_workers) * (self.loader.prefetch_factor or 2)
         self.kept: list[Any] = []
         self._recent: deque[Any] = deque(maxlen=ahead)
         self._order = _order(source, begin, check, kept if begin else 0, self.kept)
         self._following: Any = None
         self._primed = False
+
+    @property
+    def total(self) -> int | None:
+        """How many batches there are since `begin`, as far as that is known."""
+        if self.last is not None:
+            return self.last
+        if not self._is_counted and self.source is not None:
+            self._total, self._is_counted = self.source.num_batches(self._begin), True
+        return self._total
 
     def prime(self) -> None:
         """Draw the first batch, if none was drawn yet: with it all is drawn that a pass draws when it begins."""

@@ -451,10 +451,7 @@ class Reader:
         mark, feed = self._owner._mark, self.feed
         if self.iterable or feed.source is None or mark.place is None:
             return None
-        total = feed.last
-        if total is None:
-            total = feed.source.num_batches(mark.place.done)
-        return None if total is None else max(0, total - mark.given)
+        return None if feed.total is None else max(0, feed.total - mark.given)
 
     def progress(self, place: Place, done: int) -> tuple[int, int | None]:
         """Return how many steps of a pass are done, as this run counts them, and how many samples."""

@@ -76,14 +76,13 @@ def check_backward(session: Session, *, joinable: bool) -> None:
     """Do what `refuse_absent` does before gradients are averaged, which is no matter of the collectives.
 
     Args:
-        session: Knows the loaders.
+        session: Has loaders that may end unevenly.
         joinable: Whether ranks that are done take part inside `join_uneven_inputs`.
     """
-    if session.uneven:
-        if joinable and session.joining:
-            settle_left(GradientState())
-        else:
-            refuse_absent("backward")
+    if joinable and session.joining:
+        settle_left(GradientState())
+    else:
+        refuse_absent("backward")
 
 
 def ranks_without_batch() -> tuple[int, ...]:

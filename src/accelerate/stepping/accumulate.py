@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any
 
@@ -29,10 +29,8 @@ from .gradients import left_out, pack, put_back, rescale
 from .reach import everything, reached
 from .samples import batch_of, refuse_loop, refuse_parts, samples_of_step
 from .scaling import LossScaling
-from .tally import ITEMS, Window, count_items
+from .tally import ITEMS, Window, count_items, reference_to
 from .window import Place, Share, next_place, share_of
-
-_NOTHING = nullcontext()
 
 
 class Region:
@@ -40,7 +38,7 @@ class Region:
 
     __slots__ = ("_before", "_inner", "_window", "_windows")
 
-    def __init__(self, windows: Windows, window: Window, inner: AbstractContextManager[Any]) -> None:
+    def __init__(self, windows: Windows, window: Window, inner: AbstractContextManager[Any] | None) -> None:
         self._windows = windows
         self._window = window
         self._inner = inner
@@ -51,13 +49,15 @@ class Region:
         if before is not None:
             _check_nested(before, self._window)
         self._before, self._windows.current = before, self._window
-        self._inner.__enter__()
+        if self._inner is not None:
+            self._inner.__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._windows.current = self._before
-        self._inner.__exit__(kind, error, traceback)
+        if self._inner is not None:
+            self._inner.__exit__(kind, error, traceback)
 
 
 class Windows:
@@ -126,31 +126,46 @@ class Windows:
             models: The models trained in the region, as `prepare` returned them.
             num_steps: Length of their windows; `None` means the run's.
         """
-        state = self._state
-        steps = state.num_steps if num_steps is None else whole_number(num_steps, "num_steps (in accumulate)")
-        window = self._find(models)
-        self._use(window, anew=window.place.is_last)
-        loader = state.active_dataloader
-        plan = getattr(loader, "global_batch", None)  # loaders of others may be among the active ones
-        if plan is None:
-            _check_trains(loader)
-        before = self._place_before(window, plan, steps)
-        is_first = window.calls.count(batch_of(loader))
+        # What is asked of each batch stands here in one piece: each call of a function costs as much as all it does.
+        state, window = self._state, self._last
+        loader, plan, batch = state.active_dataloader, None, None
+        if loader is not None:
+            plan = getattr(loader, "global_batch", None)  # loaders of others may be among the active ones
+            if plan is None:
+                _check_trains(loader)
+            batch = batch_of(loader)
+        if num_steps is not None:
+            steps = whole_number(num_steps, "num_steps (in accumulate)")
+        else:
+            steps = state.plugin_kwargs.get("num_steps", 1) if plan is None else plan.accumulation
+        if window is None or len(models) != 1 or window.given() is not models[0]:
+            window = self._find(models)
+        before = window.place
+        self._clock = window.used = self._clock + 1
+        if before.is_last:
+            window.restart()
+            window.began = window.used
+        if plan is not None or window.is_moved:
+            before = self._place_before(window, plan, steps)
+        calls = window.calls
+        is_first = calls.count(batch)
         if plan is not None and num_steps is None and steps > 1 and not is_first:
             refuse_parts(plan)
-        ends = state.sync_with_dataloader and window.calls.ends(is_first, not before.is_last, self._is_at_end(), steps)
-        # Asked for where a longer window begins only: a loader may have to look it up.
-        asks = before.is_last and steps > 1 and state.sync_with_dataloader
-        ahead = window.calls.ahead(state.batches_ahead) if asks else None
+        ends, ahead = False, None
+        if loader is not None and state.sync_with_dataloader:
+            ends = calls.ends(is_first, not before.is_last, self._is_at_end(loader), steps)
+            if before.is_last and steps > 1:  # where a longer window begins only: a loader may have to look it up
+                ahead = calls.ahead(state.batches_ahead)
+        calls.is_cut = ends and (before.step + 1) % steps != 0
         place = next_place(before, steps, ends=ends, ahead=ahead)
-        window.calls.is_cut = ends and (before.step + 1) % steps != 0
-        region = Region(self, window, self._stay_local(models, place))
-        window.place = place
-        self._count_samples(window, loader, plan)
-        self._last = window
-        state.window = place.number, steps
-        state.sync_gradients = place.is_last
-        return region
+        local = None if self._alone or place.is_last or state.sync_each_batch else self._no_sync(models)
+        if plan is None:
+            window.batch = None
+        else:
+            self._count_samples(window, loader, plan)
+        window.place, self._last = place, window
+        state.window, state.sync_gradients = (place.number, steps), place.is_last
+        return Region(self, window, local)
 
     def _use(self, window: Window, *, anew: bool) -> None:
         self._clock += 1
@@ -159,10 +174,9 @@ class Windows:
             window.began = self._clock
         window.used = self._clock
 
-    def _is_at_end(self) -> bool:
+    def _is_at_end(self, loader: Any) -> bool:
         # Ranks that are done contribute nothing more, so what they have has to go with this step.
-        state = self._state
-        return state.end_of_dataloader or getattr(state.active_dataloader, "is_last_for_some", False)
+        return loader.end_of_dataloader or getattr(loader, "is_last_for_some", False)
 
     def _place_before(self, window: Window, plan: Any, steps: int) -> Place:
         """Return where a window stands before the batch that comes now."""
@@ -193,11 +207,6 @@ class Windows:
             )
         return Place(done, done, steps, is_last=False)
 
-    def _stay_local(self, models: tuple[Any, ...], place: Place) -> AbstractContextManager[Any]:
-        if self._alone or place.is_last or self._state.sync_each_batch:
-            return _NOTHING
-        return self._no_sync(models)
-
     def _find(self, models: tuple[Any, ...]) -> Window:
         inner = [self._inner(model) for model in models]
         key = frozenset(map(id, inner))
@@ -208,13 +217,23 @@ class Windows:
             window = self._windows[key] = Window(inner)
             if self._last is None:
                 window.place = Place(step=self._first_step)
+        if len(models) == 1:
+            window.given = reference_to(models[0])
         return window
 
     # Backward ----------------------------------------------------------------------------------------------------
 
     def backward(self, loss: torch.Tensor, num_items: Any = None, **kwargs: Any) -> None:
         """Bring a loss into the gradients; see `Accelerator.backward`."""
-        window = self.current or self._begin_outside(by_items=num_items is not None)
+        window, divisor = self.current, None
+        if num_items is None:
+            divisor = self._divisor_outside() if window is None else window.divisor()
+        if divisor is not None:
+            self._run(loss if divisor == 1 else loss / divisor, kwargs)
+            if window is not None:
+                window.is_pending = not window.place.is_last
+            return
+        window = window or self._begin_outside(by_items=num_items is not None)
         if num_items is not None:
             share = self._share_of_items(window, num_items)
         elif window is self._outside and window.batch is None:
@@ -236,6 +255,17 @@ class Windows:
             loss = self._scaling.scale(loss)
         loss.backward(**kwargs)
 
+    def _divisor_outside(self) -> int | None:
+        """Return by what to divide a loss outside of regions that is a window by itself; `None` if it may not be."""
+        outside, state = self._outside, self._state
+        loader = state.active_dataloader
+        if outside.is_pending or not state.sync_gradients or getattr(loader, "global_batch", None) is not None:
+            return None
+        _check_trains(loader)
+        self._clock += 1
+        outside.used = outside.began = self._clock
+        return state.plugin_kwargs.get("num_steps", 1)
+
     def _begin_outside(self, *, by_items: bool) -> Window:
         """Return the window of losses outside of regions, with this one counted; see [Note: outside a region]."""
         window, state = self._outside, self._state
@@ -252,7 +282,7 @@ class Windows:
         window.place = Place(0, number, state.num_steps, state.sync_gradients)
         if is_first or is_new:
             self._count_samples(window, loader, plan)
-        if plan is not None and state.sync_gradients and number != plan.accumulation and not self._is_at_end():
+        if plan is not None and state.sync_gradients and number != plan.accumulation and not self._is_at_end(loader):
             refuse_loop(plan, number)
         return window
 

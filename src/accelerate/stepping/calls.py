@@ -55,6 +55,9 @@ class Calls:
         Args:
             batch: A reference to the loader and the number of its batch; `None` is always another one.
         """
+        if batch is None and self._batch is None and self._restored is None:
+            self.before, self.number = None, 1
+            return True
         if batch is not None and batch == self._batch:
             self.number += 1
             return False

@@ -28,7 +28,9 @@ class Window:
     """The counter of one set of models, and what is known of the gradients they have accumulated."""
 
     def __init__(self, models: Iterable[Any] | None = None) -> None:
-        self._models = None if models is None else [_reference(model) for model in models]
+        self._models = None if models is None else [reference_to(model) for model in models]
+        self.given: Callable[[], Any] = lambda: None
+        """The model as it was passed to `accumulate` last, if it was one."""
         self.place = Place()
         self.is_moved = False
         """Whether other ranks began this window than go on with it."""
@@ -74,6 +76,22 @@ class Window:
             )
         self.measure = measure
 
+    def divisor(self) -> int | None:
+        """Return by what to divide a loss, and count it, where batches count alike and their number is as expected.
+
+        So it is in most batches; `None` means that `share` has to tell.
+        """
+        place = self.place
+        length = place.length
+        if self.batch is not None or (place.is_last and place.number != length):
+            return None
+        if self.measure is None:
+            self.measure = BATCHES
+        elif self.measure != BATCHES or self.reference != length:
+            return None
+        self.reference = length
+        return length
+
     def share(self) -> Share:
         """Return how the loss of this batch joins, by itself or by its samples."""
         place = self.place
@@ -92,7 +110,8 @@ class Window:
         return Share(num_steps, num_steps)
 
 
-def _reference(model: Any) -> Callable[[], Any]:
+def reference_to(model: Any) -> Callable[[], Any]:
+    """Return a weak reference, where the model's class allows one."""
     try:
         return weakref.ref(model)
     except TypeError:  # an object of a class with slots; there is nothing to reduce for it anyway

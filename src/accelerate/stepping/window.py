@@ -15,13 +15,12 @@ for bit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..runtime.accumulation import plan_sync
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """Where the batch that came last stands."""
 
     step: int = 0
@@ -53,8 +52,7 @@ def next_place(before: Place, num_steps: int, *, ends: bool, ahead: int | None) 
     return Place(step, 1, left if ahead is None else min(left, ahead + 1), is_last)
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """How one loss joins the gradients of its window. See [Note: one sum over one number]."""
 
     reference: float | None
