@@ -393,6 +393,45 @@ def test_a_place_that_a_look_at_one_batch_has_used_up_is_named(tmp_path):
         assert len(list(loader)) == 4
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_evaluation_of_a_checkpoint_reads_all_of_its_data(strict, tmp_path):
+    """The place of the training loader is not that of the only one that the evaluation prepares."""
+    accelerator = Accelerator()
+    model = torch.nn.Linear(1, 1)
+    optimizer = torch.optim.SGD(model.parameters())
+    training, evaluation = (DataLoader(torch.arange(12), batch_size=2) for _ in range(2))
+    training, *_ = accelerator.prepare(training, evaluation, model, optimizer)
+    next(iter(training))
+    accelerator.save_state(tmp_path / "one")
+    accelerator.free_memory()
+
+    model, loader = accelerator.prepare(torch.nn.Linear(1, 1), DataLoader(torch.arange(12), batch_size=2))
+    with pytest.warns(UserWarning, match="its loaders begin at their start"):
+        accelerator.load_state(tmp_path / "one", strict=strict)
+    assert len(list(loader)) == 6
+
+
+def test_a_loader_that_cannot_continue_begins_anew_where_that_is_asked_for(tmp_path):
+    accelerator = Accelerator()
+    model = torch.nn.Linear(1, 1)
+    loader, model, optimizer = accelerator.prepare(
+        DataLoader(torch.arange(12), batch_size=2), model, torch.optim.SGD(model.parameters())
+    )
+    next(iter(loader))
+    accelerator.save_state(tmp_path / "one")
+    accelerator.free_memory()
+
+    model = torch.nn.Linear(1, 1)
+    other, model, optimizer = accelerator.prepare(
+        DataLoader(torch.arange(8), batch_size=2), model, torch.optim.SGD(model.parameters())
+    )
+    with pytest.raises(CheckpointError, match="has 8 samples to read, and had 12"):
+        accelerator.load_state(tmp_path / "one")
+    with pytest.warns(UserWarning, match="Loader 0 starts anew"):
+        accelerator.load_state(tmp_path / "one", strict=False)
+    assert len(list(other)) == 4
+
+
 def test_loaders_that_are_prepared_too_late_are_named(tmp_path):
     accelerator = Accelerator()
     accelerator.prepare(DataLoader(torch.arange(8)))

@@ -6,11 +6,17 @@ The global order is that of steps, and within a step rank 0's rows, then rank 1'
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
 from tests.exact import training
 from tests.exact.cells import Cell, Move, moves, sample_of_moves
 from tests.exact.training import EPOCHS, Trace
@@ -75,6 +81,65 @@ def test_a_stream_over_workers_loses_nothing_on_another_number_of_ranks(saved, t
         read = sum(step.real for trace in whole for step in trace.steps[:done])
         traces = run_on_ranks(training.resumed, to, cell, tmp_path, f"{done}", in_epoch, None, False)
         assert sorted(global_order(traces)) == sorted(order[read:])
+
+
+class Numbers(IterableDataset[torch.Tensor]):
+    """0 to 63, shared out among worker processes."""
+
+    def __iter__(self):
+        worker = get_worker_info()
+        first, step = (0, 1) if worker is None else (worker.id, worker.num_workers)
+        yield from (torch.tensor(number) for number in range(first, 64, step))
+
+
+def read_numbers(folder: Path, stop: int | None, batch_size: int, options: dict[str, Any], **loader: Any) -> list[int]:
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(**options))
+    prepared = accelerator.prepare(DataLoader(Numbers(), batch_size=batch_size, **loader))
+    seen: list[int] = []
+    if stop is None:
+        accelerator.load_state(folder)
+    for number, batch in enumerate(prepared, start=1):
+        seen += accelerator.gather_for_metrics(batch).tolist()
+        if number == stop:
+            accelerator.save_state(folder)
+            break
+    return seen
+
+
+def read_numbers_after_going_back(folder: Path) -> list[list[int]]:
+    """Load twice in one process whose worker processes last."""
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=False))
+    made = DataLoader(Numbers(), batch_size=2, num_workers=2, persistent_workers=True)
+    prepared, found = accelerator.prepare(made), []
+    for _ in range(2):
+        accelerator.load_state(folder)
+        found.append(next(iter(prepared)).tolist())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("saved", "to", "sizes", "workers", "options"),
+    [
+        (1, 2, (8, 8), 2, {"global_batch_size": 8}),
+        (1, 2, (8, 8), 0, {"global_batch_size": 8, "dispatch_batches": False}),
+        (1, 2, (8, 8), 2, {"global_batch_size": 8, "dispatch_batches": False}),
+        (2, 1, (8, 8), 0, {"split_batches": True, "dispatch_batches": False}),
+        (1, 2, (8, 4), 0, {"dispatch_batches": False}),
+        (1, 1, (4, 2), 2, {}),
+        (1, 1, (4, 8), 0, {"use_stateful_dataloader": True}),
+    ],
+)
+def test_a_stream_goes_on_in_batches_of_another_size(saved, to, sizes, workers, options, tmp_path):
+    """Whether all ranks together still read as many at once, or not."""
+    before = run_on_ranks(partial(read_numbers, num_workers=workers), saved, tmp_path, 3, sizes[0], options)[0]
+    after = run_on_ranks(partial(read_numbers, num_workers=workers), to, tmp_path, None, sizes[1], options)[0]
+    assert sorted(before + after) == list(range(64))
+
+
+def test_workers_that_last_go_back_to_where_they_were_told(tmp_path):
+    read_numbers(tmp_path, 3, 4, {"dispatch_batches": False}, num_workers=2, persistent_workers=True)
+    (found,) = run_on_ranks(read_numbers_after_going_back, 1, tmp_path)
+    assert found[0] == found[1] == [16, 18]
 
 
 def test_a_stream_that_moved_goes_on_exactly_from_its_next_save(tmp_path):

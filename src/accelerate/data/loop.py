@@ -135,7 +135,7 @@ class DataLoaderStateMixin:
         self.reset()
 
     def leave(self) -> None:
-        """Take note that the loop was broken off; it stays the active loader until it begins again.
+        """Take note that the loop was broken off; it stays among the active loaders until it begins again.
 
         A loop inside another one, such as an evaluation of some batches, begins anew after a resume as it does in this
         run; any other goes on where it was.
@@ -144,6 +144,7 @@ class DataLoaderStateMixin:
         if any(self.is_inside(loader) and not getattr(loader, "_left_early", 0) for loader in around):
             self._mark.place = None
         self._left_early += 1
+        self.end_of_dataloader = False
         self._mark.padding = None
 
     def _take_pending(self) -> tuple[Place | None, int]:

@@ -102,8 +102,11 @@ class Place:
     snapshot: dict[str, Any] | None = None
     """A state of the dataset itself, at `snapshot["done"]` units."""
 
-    batch: int = 0
+    per_batch: int = 0
     """Samples that all shards together read for one batch of a stream; 0 where there are indices."""
+
+    own_batch: int | None = None
+    """Samples in one batch of this shard, where batches are made of samples."""
 
     starts: list[int] | None = None
     """Samples that each worker process had read of a stream where this run began to read batches."""

@@ -236,9 +236,9 @@ class Reader:
         trail = Trail(begun if isinstance(begun, list) or not resumes else None, base.num_workers, per_step)
         self._leave_out(batches, way, trail, kept, restored, strict)
         place = Place(
-            opening_states, begin, per_step=per_step * owner.reads_per_step, snapshot=snapshot, batch=per_step
+            opening_states, begin, per_step=per_step * owner.reads_per_step, snapshot=snapshot, per_batch=per_step
         )
-        place.workers, place.makes_workers = base.num_workers, makes_workers
+        place.own_batch, place.workers, place.makes_workers = base.batch_size, base.num_workers, makes_workers
         place.started, place.starts = way.started, way.starts if isinstance(way.starts, list) else None
         owner._mark.open(place, trail=trail)
         watched = self._watched(batches, stream, begin, trail)
@@ -257,9 +257,15 @@ class Reader:
         step = per_step * owner.reads_per_step
         left = Left(begin, step, per_step, workers)
         if restored is not None:
-            noted = restored.batch if restored.seen is not None else 0
             left = Left(
-                begin, restored.per_step, noted, restored.workers, restored.starts, restored.started, restored.by_worker
+                begin,
+                restored.per_step,
+                restored.per_batch,
+                restored.workers,
+                self._is_comparable(restored, per_step),
+                restored.starts,
+                restored.started,
+                restored.by_worker,
             )
         counts = owner.use_stateful_dataloader  # torchdata's loader counts the batches it gives
         way = find_way(left, per_step, step, workers, reads_alone=owner.looks_ahead, counts=counts)
@@ -273,6 +279,11 @@ class Reader:
                 )
             )
         return way
+
+    def _is_comparable(self, restored: Place, per_batch: int) -> bool:
+        """Tell whether the batch that was noted last holds the samples of one that this rank reads now."""
+        alike = restored.per_batch == per_batch and restored.own_batch == self._base.batch_size
+        return alike and restored.seen is not None
 
     def _leave_out(
         self, batches: Iterator[Any], way: Way, trail: Trail, kept: int, restored: Place | None, strict: bool
@@ -292,7 +303,7 @@ class Reader:
         if kept and not way.starts and len(self.opening) < kept and last is not None:
             self.opening.append(last)
         owner = self._owner
-        if restored is not None and restored.batch == trail.per_batch:
+        if restored is not None and self._is_comparable(restored, trail.per_batch):
             problem = (
                 another_batch(restored.seen, last, self._nodes()[0], restored.done) if owner.shard_index == 0 else None
             )
@@ -401,6 +412,10 @@ class Reader:
         """
         base, dataset = self._base, self._base.dataset
         sharded = isinstance(dataset, IterableDatasetShard)
+        running: Any = getattr(base, "_iterator", None)
+        if start and running is not None and base.num_workers:
+            running._shutdown_workers()  # they have copies of the dataset, which are told nothing any more
+            base._iterator = None
         collate = base.collate_fn
         given = collate if draws is None else SeededCollate(collate, *draws)
         if self._owner.agreement is not None:
@@ -526,16 +541,23 @@ class Reader:
         Raises:
             CheckpointError: If the data has another size now, or the samplers are others.
         """
+        place = Place.from_state(saved["place"]) if "place" in saved else None
+        if place is not None:
+            self._check_shards(place)
+            if not self.iterable:
+                self._check_size(place)
         mark = self._owner._mark
         mark.place, mark.given, mark.finished, mark.pending = None, 0, False, None
         mark.loads += 1
         if saved.get("datasets") is not None and len(saved["datasets"]) == len(self._datasets):
             put_back(self._datasets, [{"values": {}, "generators": kept} for kept in saved["datasets"]])
         mark.iteration, mark.ordinal, mark.has_workers = saved["epoch"], saved["ordinal"], saved["has_workers"]
-        if "place" not in saved:
-            put_back(self._nodes(), saved["samplers"], self._baseline)
-            return
-        place = Place.from_state(saved["place"])
+        now = saved["samplers"] if place is None else place.now
+        if now is not None:
+            put_back(self._nodes(), now, self._baseline)
+        mark.pending = place
+
+    def _check_shards(self, place: Place) -> None:
         if place.shards != self._own_shards():
             raise CheckpointError(
                 explain(
@@ -546,11 +568,6 @@ class Reader:
                     remedy="Continue on as many processes, or from a checkpoint at the end of an epoch.",
                 )
             )
-        if not self.iterable:
-            self._check_size(place)
-        if place.now is not None:
-            put_back(self._nodes(), place.now, self._baseline)
-        mark.pending = place
 
     def _own_shards(self) -> int:
         """Return among how many shards the dataset shares its samples out itself; 0 if it does not."""

@@ -53,10 +53,13 @@ class Left:
     per_step: int
     """How many they read in one step."""
 
-    batch: int
-    """How many for one batch of the loader; 0 if nothing was noted of the last one."""
+    per_batch: int
+    """How many for one batch of each shard."""
 
     workers: int
+
+    is_comparable: bool = False
+    """Whether something was noted of the last batch, which is made of the same samples now."""
 
     starts: list[int] | None = None
     """`Way.starts` of the run that was left, if workers had any."""
@@ -67,27 +70,27 @@ class Left:
     """Samples that each worker had read; `None` if that was not noted."""
 
 
-def find_way(left: Left, batch: int, step: int, workers: int, *, reads_alone: bool, counts: bool) -> Way | None:
+def find_way(left: Left, per_batch: int, per_step: int, workers: int, *, reads_alone: bool, counts: bool) -> Way | None:
     """Return how to get to a place, or `None` if it cannot be found.
 
     Args:
         left: The place.
-        batch: Samples that all shards together read now for one batch of this shard.
-        step: And for one step.
+        per_batch: Samples that all shards together read now for one batch of each shard.
+        per_step: And for one step.
         workers: Worker processes now.
         reads_alone: Whether one rank reads for all: then the number of ranks does not change what a batch is.
         counts: Whether batches have to be read in any case, for a loader that counts them.
     """
     if workers != left.workers:
         return None
-    alike = reads_alone or left.per_step == step
+    alike = left.per_batch == per_batch if reads_alone else left.per_step == per_step
     if workers == 0:
         if counts and alike:
-            return Way(0, left.done // batch)
-        again = batch if alike and batch == left.batch and left.done >= batch else 0
+            return Way(0, left.done // per_batch)
+        again = per_batch if alike and left.is_comparable and left.done >= per_batch else 0
         return Way(left.done - again, int(again > 0), left.done - again)
     if alike:
-        return Way(left.starts or 0, (left.done - left.started) // batch, left.started)
+        return Way(left.starts or 0, (left.done - left.started) // per_batch, left.started)
     return None if left.by_worker is None else Way(left.by_worker, 0, left.done)
 
 

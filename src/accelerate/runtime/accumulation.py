@@ -98,14 +98,24 @@ class GradientState:
 
     @property
     def active_dataloader(self) -> Any:
-        """The innermost prepared loader being iterated, or `None`."""
+        """The innermost prepared loader being iterated; if none is, one whose loop was broken off last; or `None`."""
         reference = self._loaders[-1]
-        return None if reference is None else reference()
+        loader = None if reference is None else reference()
+        if loader is None or not _is_left(loader):
+            return loader
+        running = (item for item in reversed(self.dataloader_references) if item is not None and not _is_left(item))
+        return next(running, loader)
 
     @property
     def in_dataloader(self) -> bool:
         """Whether a prepared loader is being iterated."""
         return self.active_dataloader is not None
+
+    @property
+    def is_in_loop(self) -> bool:
+        """Whether a loop over a prepared loader runs, and was not broken off."""
+        loader = self.active_dataloader
+        return loader is not None and not _is_left(loader)
 
     @property
     def end_of_dataloader(self) -> bool:
@@ -152,3 +162,8 @@ class GradientState:
     def _reset_state() -> None:
         """Forget everything; instances share this dictionary, so it is emptied in place."""
         GradientState._shared_state.clear()
+
+
+def _is_left(loader: Any) -> bool:
+    """Tell whether the loop over a loader was broken off; it stays among the active ones until it begins again."""
+    return bool(getattr(loader, "_left_early", 0))  # clients register loaders of their own too

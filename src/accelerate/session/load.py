@@ -77,7 +77,8 @@ def load_state(
             are not loaded.
         strict: Refuse a folder that has lost its manifest, or states of this rank, or that holds more models (of
             which no hook may know), optimizers or schedulers than are given. Otherwise say so, and go on. A script
-            that gives no optimizer or no scheduler at all only evaluates: it is told, not refused.
+            that gives no optimizer or no scheduler at all only evaluates: it is told, not refused, and without an
+            optimizer its loaders begin at their start (with `strict=False` also if none was saved).
         load_model_kwargs: For `model.load_state_dict`, such as `{"strict": False}`.
 
     Raises:
@@ -96,7 +97,9 @@ def load_state(
         given["loaders"] = len(dataloaders)
         if pre_hooks:
             given.pop("models")  # a hook may know of models that it loads itself
-        _check_counts(source, given, strict, tell=collectives.rank == 0)
+        evaluates = _only_evaluates(source, optimizers, strict)
+        _check_counts(source, given, strict, evaluates=evaluates, tell=collectives.rank == 0)
+        trained_on = () if evaluates else dataloaders
         remaining = list(models)
         for hook in pre_hooks:
             hook(remaining, str(source))
@@ -104,10 +107,11 @@ def load_state(
             full.load_model(model, source, index, **(load_model_kwargs or {}))
         for index, optimizer in enumerate(optimizers):
             full.load_optimizer(optimizer, source, index)
-        _load_shared(source, schedulers, dataloaders, scaler, custom_objects)
+        _load_shared(source, schedulers, scaler, custom_objects)
+        _load_places(source, trained_on, strict)
         saved_ranks = choice.manifest.world_size if choice.manifest else None
         if saved_ranks in (None, runtime.process.world_size):
-            _load_own_reading(source, dataloaders, runtime.process.rank)
+            _load_own_reading(source, trained_on, runtime.process.rank)
         # Last, because what came before may have drawn random numbers.
         windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
         rest = train_state.load_random_state(source, runtime.process.rank, saved_ranks, runtime.hardware, strict)
@@ -215,7 +219,13 @@ def _check_custom_objects(source: Path, registered: int) -> None:
         )
 
 
-def _check_counts(source: Path, given: Mapping[str, int], strict: bool, tell: bool) -> None:
+def _only_evaluates(source: Path, optimizers: Sequence[Any], strict: bool) -> bool:
+    """Tell whether what was saved in training is to be evaluated: its loaders are others, or for another use."""
+    saved = layout.count_saved(path.name for path in source.iterdir())
+    return not optimizers and (saved["optimizers"] > 0 or not strict)
+
+
+def _check_counts(source: Path, given: Mapping[str, int], strict: bool, *, evaluates: bool, tell: bool) -> None:
     """Refuse to leave saved objects behind, or say that they are."""
     saved = layout.count_saved(path.name for path in source.iterdir())
     left = {
@@ -232,25 +242,38 @@ def _check_counts(source: Path, given: Mapping[str, int], strict: bool, tell: bo
             )
         )
     if left and tell:
-        warnings.warn(f"{source} holds more than is loaded ({'; '.join(left.values())}).", stacklevel=4)
+        places = ""
+        if given["loaders"] and saved["loaders"]:
+            places = (
+                " Without an optimizer this run evaluates: its loaders begin at their start."
+                if evaluates
+                else " Loaders continue in the order of prepare()."
+            )
+        warnings.warn(f"{source} holds more than is loaded ({'; '.join(left.values())}).{places}", stacklevel=4)
 
 
-def _load_shared(
-    source: Path, schedulers: Sequence[Any], dataloaders: Sequence[Any], scaler: Any, custom_objects: Sequence[Any]
-) -> None:
+def _load_shared(source: Path, schedulers: Sequence[Any], scaler: Any, custom_objects: Sequence[Any]) -> None:
     for index, scheduler in enumerate(schedulers):
         scheduler.load_state_dict(train_state.read_state(source, layout.numbered(layout.SCHEDULER_NAME, index)))
-    for index, loader in enumerate(dataloaders):
-        stem = layout.numbered(layout.SAMPLER_NAME, index)
-        if (source / layout.state_files(stem)[0]).is_file():
-            if hasattr(loader, "load_position_state"):
-                loader.load_position_state(train_state.read_state(source, stem))
-        else:
-            warnings.warn(f"{source} does not say where loader {index} was; it starts anew.", stacklevel=3)
     if scaler is not None:
         scaler.load_state_dict(train_state.read_state(source, layout.SCALER_STEM))
     for index, custom in enumerate(custom_objects):
         custom.load_state_dict(train_state.read_state(source, layout.custom_stem(index)))
+
+
+def _load_places(source: Path, dataloaders: Sequence[Any], strict: bool) -> None:
+    """Let loaders continue where they were; one that cannot is an error, or begins anew and is named."""
+    for index, loader in enumerate(dataloaders):
+        stem = layout.numbered(layout.SAMPLER_NAME, index)
+        if not (source / layout.state_files(stem)[0]).is_file():
+            warnings.warn(f"{source} does not say where loader {index} was; it starts anew.", stacklevel=3)
+        elif hasattr(loader, "load_position_state"):  # clients may list loaders that were never prepared
+            try:
+                loader.load_position_state(train_state.read_state(source, stem))
+            except CheckpointError as error:
+                if strict:
+                    raise
+                warnings.warn(f"Loader {index} starts anew: {error}", stacklevel=3)
 
 
 def _load_own_reading(source: Path, dataloaders: Sequence[Any], rank: int) -> None:

@@ -137,7 +137,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
         if self.before_first_step is not None:
             self.before_first_step()
             self.before_first_step = None
-        self.stepped_in_loop = self.gradient_state.in_dataloader
+        self.stepped_in_loop = self.gradient_state.is_in_loop
         if self._scaling is not None:
             self._skipped = self._scaling.step(self.optimizer, closure)
             return None

@@ -96,7 +96,7 @@ class AcceleratedScheduler:
 
     def _count(self) -> int:
         """Return how many steps of the scheduler this call stands for."""
-        is_after_loop = not self.gradient_state.in_dataloader and any(
+        is_after_loop = not self.gradient_state.is_in_loop and any(
             getattr(optimizer, "stepped_in_loop", False) for optimizer in self.optimizers
         )
         if self._counts_samples:

@@ -10,20 +10,22 @@ from accelerate.data.trail import Left, Trail, Way, another_batch, find_way, gli
 
 
 @pytest.mark.parametrize(
-    ("left", "batch", "step", "workers", "reads_alone", "counts", "way"),
+    ("left", "per_batch", "per_step", "workers", "reads_alone", "counts", "way"),
     [
         # In this process: past samples, and the last batch again where it can be compared.
-        (Left(40, 4, 4, 0), 4, 4, 0, False, False, Way(36, 1, 36)),
-        (Left(40, 4, 0, 0), 4, 4, 0, False, False, Way(40, 0, 40)),
+        (Left(40, 4, 4, 0, is_comparable=True), 4, 4, 0, False, False, Way(36, 1, 36)),
+        (Left(40, 4, 4, 0), 4, 4, 0, False, False, Way(40, 0, 40)),
         (Left(40, 8, 8, 0), 4, 4, 0, False, False, Way(40, 0, 40)),  # on another number of ranks
         (Left(40, 4, 4, 0), 8, 8, 0, False, False, Way(40, 0, 40)),
-        (Left(40, 8, 4, 0), 4, 16, 0, True, False, Way(36, 1, 36)),  # rank 0 reads the same batches for any number
-        (Left(0, 4, 4, 0), 4, 4, 0, False, False, Way(0, 0, 0)),
+        (Left(40, 8, 4, 0, is_comparable=True), 4, 16, 0, True, False, Way(36, 1, 36)),  # rank 0 reads them for all
+        (Left(40, 8, 8, 0), 4, 8, 0, True, True, Way(40, 0, 40)),  # in batches of another size
+        (Left(0, 4, 4, 0, is_comparable=True), 4, 4, 0, False, False, Way(0, 0, 0)),
         (Left(40, 4, 4, 0), 4, 4, 0, False, True, Way(0, 10)),
         (Left(40, 8, 8, 0), 4, 4, 0, False, True, Way(40, 0, 40)),
         # In worker processes: past batches, since workers take turns.
         (Left(40, 4, 4, 2), 4, 4, 2, False, False, Way(0, 10)),
         (Left(40, 8, 4, 2), 4, 16, 2, True, False, Way(0, 10)),
+        (Left(40, 8, 8, 2, by_worker=[16, 24]), 4, 8, 2, True, False, Way([16, 24], 0, 40)),
         (Left(40, 8, 8, 2, by_worker=[16, 24]), 4, 4, 2, False, False, Way([16, 24], 0, 40)),
         (Left(40, 4, 4, 2, starts=[16, 8], started=24, by_worker=[24, 16]), 4, 4, 2, False, False, Way([16, 8], 4, 24)),
         (
@@ -37,12 +39,13 @@ from accelerate.data.trail import Left, Trail, Way, another_batch, find_way, gli
         ),
         # What cannot be told.
         (Left(40, 8, 8, 2), 4, 4, 2, False, False, None),
+        (Left(40, 8, 8, 2), 4, 8, 2, True, False, None),
         (Left(40, 4, 4, 2), 4, 4, 3, False, False, None),
         (Left(40, 4, 4, 0), 4, 4, 2, False, False, None),
     ],
 )
-def test_the_way_to_a_place(left, batch, step, workers, reads_alone, counts, way):
-    assert find_way(left, batch, step, workers, reads_alone=reads_alone, counts=counts) == way
+def test_the_way_to_a_place(left, per_batch, per_step, workers, reads_alone, counts, way):
+    assert find_way(left, per_batch, per_step, workers, reads_alone=reads_alone, counts=counts) == way
 
 
 def test_a_trail_counts_what_each_worker_gave_up_to_the_loop():

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from accelerate import Accelerator
 from accelerate.data.prepare import prepare_data_loader
 from accelerate.stepping.samples import batch_of
-from accelerate.utils import GradientAccumulationPlugin, GradScalerKwargs
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, GradScalerKwargs
 
 
 class Stream(IterableDataset):
@@ -143,6 +143,29 @@ def test_a_loop_that_was_broken_off_has_promised_nothing():
     found = train(accelerator, model, optimizer, loaders[1])
     assert [close(found[0], of_one_batch(model, torch.cat([first[:1], second[:3]]))), len(found)] == [True, 2]
     assert equal(found[1], of_one_batch(model, second[3:]))
+
+
+@pytest.mark.parametrize("stop", [0, 1, None])
+@pytest.mark.parametrize(("steps", "size"), [(2, None), (1, 2)])
+def test_an_evaluation_that_is_broken_off_inside_a_loop_leaves_its_windows_alone(stop, steps, size):
+    """At its first batch, its last, or not at all; the last window of the loop is a short one."""
+    data = DataLoaderConfiguration(global_batch_size=size)
+    accelerator, model, optimizer = prepared(dataloader_config=data, gradient_accumulation_steps=steps)
+    training = accelerator.prepare(DataLoader(samples(5), batch_size=1))
+    evaluation = accelerator.prepare(DataLoader(samples(2), batch_size=1))
+    ends = []
+    for _ in range(2):
+        for number, rows in enumerate(training):
+            with accelerator.accumulate(model):
+                accelerator.backward(model(rows).square().mean())
+                ends.append(accelerator.sync_gradients)
+                optimizer.step()
+                optimizer.zero_grad()
+            if number == 1:
+                for place, _ in enumerate(evaluation):
+                    if place == stop:
+                        break
+    assert ends == [False, True, False, True, True] * 2
 
 
 def test_steps_that_change_in_the_middle_of_a_window():

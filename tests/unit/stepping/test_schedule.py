@@ -256,7 +256,7 @@ class Own:
         return {}
 
 
-def rates_of_epochs(make, units, *, metric=False):
+def rates_of_epochs(make, units, *, metric=False, stop=None, peek=False):
     """Return the rate after each epoch, with a schedule that is stepped after the loop, and the warnings."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState
@@ -268,11 +268,15 @@ def rates_of_epochs(make, units, *, metric=False):
     sgd = torch.optim.SGD(model.parameters(), lr=1.0)
     loader = torch.utils.data.DataLoader(torch.ones(8, 1), batch_size=1)
     model, sgd, schedule, loader = accelerator.prepare(model, sgd, make(sgd), loader)
+    if peek:
+        next(iter(accelerator.prepare(torch.utils.data.DataLoader(torch.ones(8, 1), batch_size=1))))
     found = []
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         for epoch in range(EPOCHS):
-            for batch in loader:
+            for number, batch in enumerate(loader):
+                if number == stop:
+                    break
                 accelerator.backward(model(batch).sum())
                 sgd.step()
                 sgd.zero_grad()
@@ -310,6 +314,23 @@ def test_schedules_of_epochs(processes):
         assert "StepLR is stepped after the loop over a loader: by 2 steps at each call, where a single process" in text
         assert "scheduler_units='samples'" in text
         assert all(told == [] for other in others for _, told in other.values())
+
+
+def epochs_around_loops_that_were_left():
+    return [
+        rates_of_epochs(by_epochs, units, **left)
+        for left in ({"stop": 2}, {"peek": True})
+        for units in ("samples", None)
+    ]
+
+
+def test_schedules_of_epochs_after_loops_that_were_broken_off():
+    first, _ = run_on_ranks(epochs_around_loops_that_were_left, 2)
+    for rates, told in first:
+        counted_twice = rates == [0.5, 0.25, 0.125, 0.0625]
+        assert counted_twice or rates == [1.0, 0.5, 0.5, 0.25]
+        assert counted_twice == bool(told) == any("stepped after the loop" in text for text in told)
+    assert [rates[0] for rates, _ in first] == [1.0, 0.5, 1.0, 0.5]
 
 
 def ends(make, total):
