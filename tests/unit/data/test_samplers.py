@@ -189,3 +189,16 @@ def test_iterable_shard_forwards_the_epoch():
     shard.set_epoch(3)
     assert shard.epoch == shard.dataset.epoch == 3
     assert list(IterableDatasetShard(Counting(0), batch_size=2, num_processes=2)) == []
+
+
+class CountsItself(BatchSampler):
+    """Promises fewer batches than torch's own would give."""
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_a_batch_sampler_that_counts_in_its_own_way_is_asked():
+    assert len(BatchSamplerShard(CountsItself(range(12), 2, False), 2, 0)) == 1
+    assert samplers.num_samples_of(CountsItself(range(12), 2, False)) is None
+    assert samplers.num_samples_of(BatchSampler(range(12), 2, False)) == 12

@@ -142,3 +142,8 @@ def test_ranks_that_differ_in_model_axes_only_share_a_shard():
     assert mesh_data_shard(("dp", "tp"), (4, 2), (3, 1)) == (3, 4)
     assert mesh_data_shard(("fsdp",), (4,), (2,)) == (2, 4)
     assert mesh_data_shard(("sp", "tp"), (2, 2), (1, 1)) == (0, 1)
+
+
+def test_nothing_is_padding_where_the_rest_is_left_out():
+    assert ShardPlan(count=2, batch_size=4).padding(13) is not None
+    assert ShardPlan(count=2, batch_size=4, drop_last=True).padding(13) is None
