@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -269,3 +270,22 @@ def test_data_that_shares_itself_out_is_refused_on_another_number_of_ranks_insid
     loader(2).load_position_state(saved)
     with pytest.raises(CheckpointError, match="among 3 processes here and 2 when it was saved"):
         loader(3).load_position_state(saved)
+
+
+def nested_rows(samples: list[torch.Tensor]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that they are prototypes
+        return torch.nested.nested_tensor([torch.arange(float(sample) + 1) for sample in samples])
+
+
+@pytest.mark.parametrize("dispatch", [True, False])
+def test_a_stream_of_batches_that_nobody_can_look_into_goes_on_where_it_was(dispatch):
+    loader, again = (
+        prepare(DataLoader(Counting(8), batch_size=2, collate_fn=nested_rows), dispatch_batches=dispatch)
+        for _ in range(2)
+    )
+    for count, _ in enumerate(loader, start=1):
+        if count == 2:
+            break
+    again.load_position_state(loader.position_state())
+    assert [[len(row) for row in batch.unbind()] for batch in again] == [[5, 6], [7, 8]]
