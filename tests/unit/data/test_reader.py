@@ -119,6 +119,27 @@ def test_a_stream_goes_on_from_its_own_state_with_the_numbers_it_would_have_draw
     assert train(again)[0] == whole[18:]
 
 
+@pytest.mark.parametrize("dispatch", [True, False])
+@pytest.mark.parametrize(("stop", "at"), [(16, None), (18, None), (20, None), (47, None), (49, 96), (51, 96)])
+def test_the_state_of_a_stream_of_whole_global_batches_is_taken_between_them(stop, at, dispatch):
+    """With `drop_last` a global batch is read at once, so that inside of it the dataset is ahead of what it gave."""
+
+    def loader() -> Any:
+        dataset = NoisyStream(110)
+        return prepare(
+            DataLoader(dataset, batch_size=2, drop_last=True), global_batch_size=6, dispatch_batches=dispatch
+        )
+
+    torch.manual_seed(3)
+    whole, saved = train(loader(), save_at=stop)
+    assert len(whole) == 108 // 2
+    torch.manual_seed(4)
+    again = loader()
+    again.load_position_state(saved)
+    assert train(again)[0] == whole[stop:]
+    assert (saved["place"]["snapshot"] or {"done": None})["done"] == at
+
+
 def test_a_loader_made_later_draws_what_the_one_that_was_saved_would_have_drawn():
     torch.manual_seed(3)
     whole, saved = train(prepare(DataLoader(Noisy(range(12)), batch_size=3, num_workers=1)), save_at=2)
