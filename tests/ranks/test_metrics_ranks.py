@@ -267,6 +267,47 @@ def test_so_the_mean_over_an_epoch_weighs_all_samples_alike(world_size, config, 
     assert outside == 3 * world_size  # outside of a loop nothing is cut
 
 
+def gather_flattened(even: bool, zeros: bool) -> list[int]:
+    """Count what is returned of numbers for each row, two by two, beside a mean and one number for each row."""
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(even_batches=even))
+    found = []
+    for size in (2, 3, 4, 5, 6, 8, 10, 12, 14):
+        loader = accelerator.prepare(DataLoader(torch.arange(size), batch_size=4))
+        counts = [0, 0, 0]
+        for batch in loader:
+            twice = torch.zeros(2 * len(batch)) if zeros else torch.rand(2 * len(batch))
+            gathered = accelerator.gather_for_metrics((batch.float(), twice)), accelerator.gather_for_metrics(twice)
+            counts = [count + len(item) for count, item in zip(counts, (*gathered[0], gathered[1]), strict=True)]
+        accelerator.wait_for_everyone()
+        found.append(counts)
+    return found
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+@pytest.mark.parametrize("even", [True, False])
+def test_numbers_for_each_row_are_kept_whatever_they_are(even, zeros):
+    found = run_on_ranks(gather_flattened, 2, even, zeros)[0]  # the other may leave earlier
+    assert found == [[size, 2 * size, 2 * size] for size in (2, 3, 4, 5, 6, 8, 10, 12, 14)]
+
+
+class Parts(IterableDataset):
+    """Parts of any length, where each is one sample."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return iter(torch.arange(13).split(3))
+
+
+def gather_parts(dispatch: bool | None) -> list[int]:
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(dispatch_batches=dispatch))
+    loader = accelerator.prepare(DataLoader(Parts(), batch_size=None))
+    return [number for batch in loader for number in accelerator.gather_for_metrics(batch).tolist()]
+
+
+@pytest.mark.parametrize("dispatch", [None, False])
+def test_parts_of_any_length_that_are_padding_as_a_whole_are_left_out(dispatch):
+    assert run_on_ranks(gather_parts, 2, dispatch) == [list(range(13))] * 2
+
+
 # Ranks that have left --------------------------------------------------------------------------------------------
 
 

@@ -26,10 +26,10 @@ from .shards import Padding
 def count_rows(batch: Any) -> int | None:
     """Return the size of the first tensor with rows; `None` if there is none."""
     if isinstance(batch, torch.Tensor):
-        return batch.shape[0] if batch.dim() else None
+        return batch.size(0) if batch.dim() else None  # a nested tensor has no shape
     for leaf in tree_leaves(batch):
         if isinstance(leaf, torch.Tensor) and leaf.dim():
-            return leaf.shape[0]
+            return leaf.size(0)
     return None
 
 

@@ -28,6 +28,11 @@ _RECENT = 256
 
 _LEAVES, _VALUES = 8, 16
 
+_INTEGERS = torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64
+_FLOATS = torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128
+_READABLE = frozenset((*_INTEGERS, *_FLOATS))
+"""Of which dtypes torch gives the values; others, such as packed bits, it only stores."""
+
 
 @dataclass(frozen=True)
 class Way:
@@ -152,7 +157,10 @@ def glimpse(batch: Any) -> list[Any]:
 
 
 def _glimpse(leaf: Any) -> Any:
+    # Taken inside of the loop, so it must never raise: what may not be readable is told by its type alone.
     if isinstance(leaf, torch.Tensor):
+        if type(leaf) is not torch.Tensor or leaf.is_nested or leaf.is_quantized or leaf.dtype not in _READABLE:
+            return type(leaf).__name__
         if leaf.layout is not torch.strided or not leaf.is_cpu:  # looking at others would wait for the device
             return ["tensor", list(leaf.shape)]
         flat = leaf.detach().reshape(-1)
@@ -160,14 +168,14 @@ def _glimpse(leaf: Any) -> Any:
         return [str(leaf.dtype), list(leaf.shape), *(repr(value) for value in few)]
     if isinstance(leaf, np.ndarray):
         flat = leaf.reshape(-1)
-        return [
-            "array",
-            list(leaf.shape),
-            *(repr(value) for value in flat[:: max(1, -(-flat.size // _VALUES))].tolist()),
-        ]
-    if isinstance(leaf, (int, float, str, bytes, bool)):
-        return repr(leaf)[:64]
-    return type(leaf).__name__
+        few = flat[:: max(1, -(-flat.size // _VALUES))].tolist()
+        return ["array", list(leaf.shape), *(_plain(value) if leaf.dtype.hasobject else repr(value) for value in few)]
+    return _plain(leaf)
+
+
+def _plain(value: Any) -> str:
+    # The `repr` of other objects may hold their place in memory.
+    return repr(value)[:64] if isinstance(value, (int, float, str, bytes, bool)) else type(value).__name__
 
 
 def same(one: Any, other: Any) -> bool:

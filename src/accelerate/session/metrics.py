@@ -6,10 +6,10 @@ Owns which loader results belong to, and what of each rank's part is kept. What 
 [Note: what can be cut]
 In a step with padding the padded rows are the last ones of a rank's batch. So a tensor, or a list of objects, with
 `k` entries for each row keeps `k` times as many as the rank has real rows; `k` is the same on all ranks, or which
-entry belongs to which row were a guess. A value without rows counts once for each rank that has a real row. A
-mean that was spread over the configured batch size, `loss.repeat(batch_size)`, where the batch is shorter than that,
-counts once for each real row, on one process too: so the mean over an epoch weighs every sample alike. In other
-steps nothing is cut, and what ranks bring is joined by its length, whatever that is.
+entry belongs to which row were a guess. Where no rank has real rows beside padded ones there is nothing to guess: all
+of a rank's entries are kept, or none. A value without rows counts once for each rank that has a real row. A mean that
+was spread over the configured batch size counts once for each real row, on one process too; see `session.spread_means`.
+In other steps nothing is cut, and what ranks bring is joined by its length, whatever that is.
 
 [Note: structure or one for each sample]
 Tensors may be nested in any way: a container of them is a structure. What travels as objects is a list with one object
@@ -33,6 +33,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ from ..data.dispatcher import shards_of_ranks
 from ..data.shards import Padding
 from ..runtime import ops, state
 from ..runtime.accumulation import GradientState
+from .spread_means import Seen, may_be_spread, note_full, seen_by_call, times_spread
 
 
 def gather_for_metrics(
@@ -88,12 +90,12 @@ def gather_for_metrics(
     runtime = state.current_or_single()
     if runtime.process.world_size == 1:
         loader = next(reversed(active), None) if dataloader is None else dataloader
-        return input_data if as_objects else _without_excess(loader, input_data)
+        return input_data if as_objects else _without_excess(loader, input_data, leaves)
     loader = choose_loader(active) if dataloader is None else dataloader
     step = step_of(loader, runtime.process.rank, runtime.process.world_size)
     talk = runtime.collectives
     if not as_objects:
-        return _gather_tensors(talk, step, input_data, leaves, pad_index)
+        return _gather_tensors(talk, step, input_data, leaves, pad_index, seen_by_call(loader))
     kind = _kind_of_objects(input_data, by_wish=use_gather_object)
     _exchange(talk, step, kind)
     if kind != _OBJECTS:
@@ -182,7 +184,10 @@ class Step:
     """Ranks that work on the same batch as one before them; their results are left out."""
 
     full: int | None = None
-    """Samples in a full batch of one rank, where it is known and this step's are shorter."""
+    """Samples in a full batch of one rank, where it is known."""
+
+    is_short: bool = False
+    """Whether it is known, and batches of this step are shorter."""
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -201,7 +206,7 @@ def step_of(loader: Any, rank: int, world_size: int) -> Step:
     copies = frozenset(place for place, shard in enumerate(shard_of) if shard in shard_of[:place])
     full: int | None = getattr(loader, "full_batch_size", None)
     if padding is None:
-        return Step(tuple([Part(place, 1, 1) for place in range(world_size)]), False, copies)
+        return Step(tuple([Part(place, 1, 1) for place in range(world_size)]), False, copies, full)
     count = len(padding.rows)
     if count != max(shard_of) + 1 or min(padding.real) < 0 or not padding.rows[shard_of[rank]]:
         problem = (
@@ -220,8 +225,8 @@ def step_of(loader: Any, rank: int, world_size: int) -> Step:
         )
     parts = [Part(place, padding.rows[shard], padding.real[shard]) for place, shard in enumerate(shard_of)]
     present = tuple([part for part in parts if part.rows])
-    short = full if full and any(part.rows < full for part in present) else None
-    return Step(present, padding.rows != padding.real, copies, short)
+    is_short = full is not None and any(part.rows < full for part in present)
+    return Step(present, padding.rows != padding.real, copies, full, is_short)
 
 
 def kept_lengths(step: Step, lengths: Sequence[int]) -> list[int] | None:
@@ -232,10 +237,10 @@ def kept_lengths(step: Step, lengths: Sequence[int]) -> list[int] | None:
         lengths: How many entries each rank has.
 
     Returns:
-        `None` if the number of entries for each row is not the same whole number on all ranks.
+        `None` if that would be a guess.
     """
-    if not step.cuts:
-        return list(lengths)
+    if all(part.real in (0, part.rows) for part in step.parts):
+        return [length if part.real else 0 for part, length in zip(step.parts, lengths, strict=True)]
     times = {divmod(length, part.rows) for part, length in zip(step.parts, lengths, strict=True)}
     if len(times) > 1 or (factor := times.pop())[1]:
         return None
@@ -304,7 +309,9 @@ def _described_tensor(leaf: torch.Tensor) -> str:
     return f"{leaf.dtype} with {leaf.dim()} dimensions"
 
 
-def _gather_tensors(talk: Collectives, step: Step, data: Any, leaves: list[torch.Tensor], pad_index: int) -> Any:
+def _gather_tensors(
+    talk: Collectives, step: Step, data: Any, leaves: list[torch.Tensor], pad_index: int, seen: Seen
+) -> Any:
     table = _exchange(
         talk, step, repr(tree_map(_described_tensor, data)), [size for leaf in leaves for size in leaf.shape]
     )
@@ -314,8 +321,15 @@ def _gather_tensors(talk: Collectives, step: Step, data: Any, leaves: list[torch
         start += leaf.dim()
     if step.cuts:
         _refuse_lists_of_samples(step, data, iter(shapes))
-    following = iter(shapes)
-    return tree_map(lambda leaf: _gather_leaf(talk, step, leaf, next(following), pad_index), data)
+    following = zip(shapes, count())
+
+    def gather_next(leaf: torch.Tensor) -> torch.Tensor:
+        on_ranks, number = next(following)
+        if not leaf.dim():
+            return _gather_value(talk, step, leaf)
+        return _gather_rows(talk, step, _padded_to(leaf, on_ranks, pad_index), on_ranks, seen[number])
+
+    return tree_map(gather_next, data)
 
 
 def _refuse_lists_of_samples(step: Step, data: Any, shapes: Iterator[Shapes]) -> list[Shapes]:
@@ -340,65 +354,61 @@ def _refuse_lists_of_samples(step: Step, data: Any, shapes: Iterator[Shapes]) ->
     return found
 
 
-def _gather_leaf(talk: Collectives, step: Step, leaf: torch.Tensor, shapes: Shapes, pad_index: int) -> torch.Tensor:
-    if not leaf.dim():
-        values = talk.gather_among(leaf, step.ranks)
-        kept = [place for place, part in enumerate(step.parts) if part.real and part.rank not in step.copies]
-        return values if len(kept) == len(values) else values[kept]
-    common = [max(sizes) for sizes in zip(*shapes, strict=True)]
-    joined = talk.gather_among(_padded(leaf, common, pad_index), step.ranks)
-    if not (step.cuts or step.copies or step.full) and all(shape[0] == common[0] for shape in shapes):
+def _gather_value(talk: Collectives, step: Step, leaf: torch.Tensor) -> torch.Tensor:
+    values = talk.gather_among(leaf, step.ranks)
+    kept = [place for place, part in enumerate(step.parts) if part.real and part.rank not in step.copies]
+    return values if len(kept) == len(values) else values[kept]
+
+
+def _gather_rows(talk: Collectives, step: Step, padded: torch.Tensor, shapes: Shapes, seen: set[int]) -> torch.Tensor:
+    lengths = [shape[0] for shape in shapes]
+    if step.full and not step.is_short:
+        note_full(seen, step.full, padded, lengths)
+    joined = talk.gather_among(padded, step.ranks)
+    if not (step.cuts or step.copies or step.is_short) and lengths.count(len(padded)) == len(lengths):
         return joined
-    pieces = [piece[: shape[0]] for piece, shape in zip(joined.view(len(shapes), *common), shapes, strict=True)]
-    times = times_spread(step, pieces)
-    lengths = kept_lengths(step, [shape[0] for shape in shapes]) if times is None else None
-    if times is not None:
-        pieces = [piece[: times * part.real] for part, piece in zip(step.parts, pieces, strict=True)]
-    elif lengths is not None:
-        pieces = [piece[:length] for piece, length in zip(pieces, lengths, strict=True)]
-    else:
+    pieces = [piece[:length] for piece, length in zip(joined.view(len(shapes), *padded.shape), lengths, strict=True)]
+    times = None
+    if step.full and step.is_short:
+        times = times_spread([part.rows for part in step.parts], step.full, pieces, seen)
+    kept = kept_lengths(step, lengths) if times is None else [times * part.real for part in step.parts]
+    if kept is None:
         raise _uncuttable(step, "a tensor", [f"shape {shape}" for shape in shapes])
-    return torch.cat([piece for part, piece in zip(step.parts, pieces, strict=True) if part.rank not in step.copies])
+    parts = zip(step.parts, pieces, kept, strict=True)
+    return torch.cat([piece[:length] for part, piece, length in parts if part.rank not in step.copies])
 
 
-def times_spread(step: Step, pieces: Sequence[torch.Tensor]) -> int | None:
-    """Return how often each row counts in a mean that was spread over full batches; `None` if this is no such mean.
-
-    Args:
-        step: Whose rows.
-        pieces: What each rank has.
-    """
-    first = pieces[0]
-    if first.dim() != 1 or not first.is_floating_point() or any(len(piece) != len(first) for piece in pieces):
-        return None
-    if not step.full:
-        return None
-    times, rest = divmod(len(first), step.full)  # several, where the script repeats by a batch size that is split
-    same = times and not rest and all(_is_one_value(piece) for piece in pieces)
-    return times if same else None
-
-
-def _is_one_value(piece: torch.Tensor) -> bool:
-    return bool((piece == piece[0]).all() or piece.isnan().all())
-
-
-def _without_excess(loader: Any, data: Any) -> Any:
-    """Return what one process has, with a mean that was spread over a full batch cut to a short last batch's rows."""
-    full: int | None = getattr(loader, "full_batch_size", None)
-    rows: int = getattr(loader, "remainder", -1)
-    if full is None or rows <= 0 or not loader.end_of_dataloader:
-        return data
-    step = Step((Part(0, rows, rows),), cuts=False, copies=frozenset(), full=full)
-    times = {id(leaf): times_spread(step, [leaf]) for leaf in tree_leaves(data)}
-    return tree_map(lambda leaf: leaf if (often := times[id(leaf)]) is None else leaf[: often * rows], data)
-
-
-def _padded(leaf: torch.Tensor, shape: list[int], value: int) -> torch.Tensor:
+def _padded_to(leaf: torch.Tensor, shapes: Shapes, value: int) -> torch.Tensor:
+    """Return the tensor in the smallest shape that holds those of all ranks."""
+    shape = [max(sizes) for sizes in zip(*shapes, strict=True)]
     if list(leaf.shape) == shape:
         return leaf
     padded = leaf.new_full(shape, value)
     padded[tuple([slice(size) for size in leaf.shape])] = leaf
     return padded
+
+
+def _without_excess(loader: Any, data: Any, leaves: list[torch.Tensor]) -> Any:
+    """Return what one process has, with a mean that was spread over a full batch cut to a short last batch's rows."""
+    full: int | None = getattr(loader, "full_batch_size", None)
+    if full is None or not any(may_be_spread(leaf) for leaf in leaves):
+        return data
+    seen = seen_by_call(loader)
+    if not loader.end_of_dataloader:
+        for number, leaf in enumerate(leaves):
+            note_full(seen[number], full, leaf, leaf.shape[:1])
+        return data
+    rows: int = loader.remainder
+    if not 0 < rows < full:  # it is full, or not known
+        return data
+    numbers = count()
+
+    def cut_next(leaf: torch.Tensor) -> torch.Tensor:
+        seen_before = seen[next(numbers)]
+        times = times_spread([rows], full, [leaf], seen_before) if leaf.dim() else None
+        return leaf if times is None else leaf[: times * rows]
+
+    return tree_map(cut_next, data)
 
 
 # Objects --------------------------------------------------------------------------------------------------------------

@@ -331,6 +331,34 @@ def test_torchdata_keeps_its_state_only_inside_a_pass_that_it_reads():
         assert numbers(resumed) == [[4, 5], [6, 7]]
 
 
+@pytest.mark.parametrize(("workers", "every", "steps"), [(1, 3, 1), (1, 3, 2), (2, 1, 1)])
+def test_torchdata_keeps_no_state_of_a_pass_whose_workers_were_told_where_to_start(workers, every, steps):
+    """Until a worker has given a batch of its own, torchdata knows of it that it is at the start."""
+    pytest.importorskip("torchdata")
+
+    def loader(**options):
+        base = make_stateful_loader(Placed(32), batch_size=2, num_workers=workers, snapshot_every_n_steps=every)
+        return prepare(base, use_stateful_dataloader=True, dispatch_batches=False, **options)
+
+    def left_after(count, loader):
+        batches = iter(loader)
+        for _ in range(count):
+            next(batches)
+        return loader.position_state(), loader.own_state()
+
+    saved, _ = left_after(3, loader(num_processes=2, process_index=0))
+    moved, again = loader(), loader()  # on one process, where batches are others
+    moved.load_position_state(saved)
+    place, own = left_after(steps, moved)
+    again.load_position_state(saved)
+    whole = numbers(again)
+    again = loader()
+    again.load_position_state(place)
+    if own is not None:
+        again.load_own_state(own)
+    assert numbers(again) == whole[steps:]
+
+
 @pytest.mark.parametrize("takes", ["another epoch", "a loader made by skipping"])
 def test_a_state_of_torchdata_goes_with_its_place(takes):
     pytest.importorskip("torchdata")

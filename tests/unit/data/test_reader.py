@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,6 +117,27 @@ def test_a_stream_goes_on_from_its_own_state_with_the_numbers_it_would_have_draw
     again = loader()
     again.load_position_state(saved)
     assert train(again)[0] == whole[18:]
+
+
+@pytest.mark.parametrize("dispatch", [True, False])
+@pytest.mark.parametrize(("stop", "at"), [(16, None), (18, None), (20, None), (47, None), (49, 96), (51, 96)])
+def test_the_state_of_a_stream_of_whole_global_batches_is_taken_between_them(stop, at, dispatch):
+    """With `drop_last` a global batch is read at once, so that inside of it the dataset is ahead of what it gave."""
+
+    def loader() -> Any:
+        dataset = NoisyStream(110)
+        return prepare(
+            DataLoader(dataset, batch_size=2, drop_last=True), global_batch_size=6, dispatch_batches=dispatch
+        )
+
+    torch.manual_seed(3)
+    whole, saved = train(loader(), save_at=stop)
+    assert len(whole) == 108 // 2
+    torch.manual_seed(4)
+    again = loader()
+    again.load_position_state(saved)
+    assert train(again)[0] == whole[stop:]
+    assert (saved["place"]["snapshot"] or {"done": None})["done"] == at
 
 
 def test_a_loader_made_later_draws_what_the_one_that_was_saved_would_have_drawn():
@@ -269,3 +291,22 @@ def test_data_that_shares_itself_out_is_refused_on_another_number_of_ranks_insid
     loader(2).load_position_state(saved)
     with pytest.raises(CheckpointError, match="among 3 processes here and 2 when it was saved"):
         loader(3).load_position_state(saved)
+
+
+def nested_rows(samples: list[torch.Tensor]) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that they are prototypes
+        return torch.nested.nested_tensor([torch.arange(float(sample) + 1) for sample in samples])
+
+
+@pytest.mark.parametrize("dispatch", [True, False])
+def test_a_stream_of_batches_that_nobody_can_look_into_goes_on_where_it_was(dispatch):
+    loader, again = (
+        prepare(DataLoader(Counting(8), batch_size=2, collate_fn=nested_rows), dispatch_batches=dispatch)
+        for _ in range(2)
+    )
+    for count, _ in enumerate(loader, start=1):
+        if count == 2:
+            break
+    again.load_position_state(loader.position_state())
+    assert [[len(row) for row in batch.unbind()] for batch in again] == [[5, 6], [7, 8]]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import warnings
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +108,51 @@ def test_glimpses_tell_batches_apart():
     for one, batch in enumerate(BATCHES):
         for other, another in enumerate(BATCHES):
             assert same(glimpse(batch), glimpse(another)) == (one == other), (batch, another)
+
+
+class Dispatching(torch.Tensor):
+    """A tensor that does not show its values."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # pyright: ignore[reportIncompatibleMethodOverride]
+        raise RuntimeError(str(func))
+
+
+def strange_batches() -> dict[str, Any]:
+    """Batches whose values cannot be looked at, or hold places in memory, made anew."""
+    rows = [torch.arange(2.0), torch.arange(3.0)]
+    objects = np.array([object(), "a", 1, [2]], dtype=object)
+    fields = np.array([(object(), 1)], dtype=[("one", object), ("two", int)])
+    itself = np.empty(1, dtype=object)
+    itself[0] = itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says of some that they are prototypes, and of others that they are old
+        return {
+            "nested": torch.nested.nested_tensor(rows),
+            "jagged": torch.nested.nested_tensor(rows, layout=torch.jagged),
+            "quantized": torch.quantize_per_tensor(torch.ones(2), 1.0, 0, torch.qint8),
+            "sparse": torch.eye(2).to_sparse(),
+            "meta": torch.empty(2, device="meta"),
+            "bits": torch.empty(2, dtype=torch.bits8),
+            "half bytes": torch.empty(2, dtype=torch.uint4),
+            "subclass": torch.Tensor._make_subclass(Dispatching, torch.ones(2)),
+            "objects": objects,
+            "fields": fields,
+            "itself": itself,
+        }
+
+
+@pytest.mark.parametrize("name", list(strange_batches()))
+def test_a_glimpse_of_what_cannot_be_looked_at_raises_nothing_and_is_the_same_again(name):
+    first, second = strange_batches(), strange_batches()  # both live, so what they hold is at other places
+    taken = glimpse(first[name])
+    assert same(taken, glimpse(second[name]))
+    assert same(taken, json.loads(json.dumps(taken)))  # a checkpoint can hold it
+
+
+def test_plain_values_in_arrays_of_objects_tell_batches_apart():
+    one, other = (np.array([object(), name], dtype=object) for name in "ab")
+    assert not same(glimpse(one), glimpse(other))
 
 
 def test_a_glimpse_is_taken_before_the_batch_changes_and_needs_no_gradient():

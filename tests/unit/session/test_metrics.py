@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.core.errors import SettingError
 from accelerate.data.shards import Padding
-from accelerate.session.metrics import Part, Step, choose_loader, kept_lengths, step_of, times_spread
+from accelerate.session.metrics import Part, Step, choose_loader, kept_lengths, step_of
 
 FULL, SHORT = None, Padding((2, 2), (2, 1))
 
@@ -140,28 +140,20 @@ def test_entries_are_kept_by_rows(lengths, kept):
 
 def test_entries_are_kept_by_each_ranks_own_rows():
     assert kept_lengths(cut_step((3, 3), (2, 0)), [6, 4]) == [6, 0]
-    assert kept_lengths(cut_step((3, 3), (2, 0)), [6, 6]) is None
+    assert kept_lengths(cut_step((3, 3), (2, 1)), [6, 6]) is None
 
 
-@pytest.mark.parametrize(
-    ("pieces", "times"),
-    [
-        ([torch.zeros(4), torch.ones(4)], 1),
-        ([torch.zeros(8), torch.ones(8)], 2),
-        ([torch.full((4,), torch.nan), torch.ones(4)], 1),
-        ([torch.zeros(3), torch.zeros(3)], None),  # not a full batch
-        ([torch.zeros(4), torch.zeros(3)], None),
-        ([torch.zeros(4), torch.arange(4.0)], None),
-        ([torch.zeros(4).long(), torch.zeros(4).long()], None),
-        ([torch.zeros(4, 1), torch.zeros(4, 1)], None),
-        ([torch.zeros(0), torch.zeros(0)], None),
-    ],
-)
-def test_a_mean_spread_over_a_full_batch_is_told_by_its_length_and_one_value(pieces, times):
-    step = step_of(Loader(Padding((4, 3), (4, 2)), full_batch_size=4), 0, 2)
-    assert times_spread(step, pieces) == times
-    assert times_spread(step_of(Loader(Padding((4, 3), (4, 2))), 0, 2), pieces) is None  # no batch size is known
-    assert times_spread(step_of(Loader(Padding((4, 4), (4, 2)), full_batch_size=4), 0, 2), pieces) is None  # is full
+def test_nothing_is_guessed_where_no_rank_has_real_rows_beside_padded_ones():
+    assert kept_lengths(cut_step((3, 3), (2, 0)), [7, 5]) == [7, 0]
+    assert kept_lengths(cut_step((1, 0), (1, 1)), [3, 2]) == [0, 2]
+    assert kept_lengths(cut_step((3, 3), (2, 0), (2, 1)), [7, 5, 5]) is None
+
+
+def test_a_step_is_short_where_a_batch_is_and_full_ones_are_known():
+    assert step_of(Loader(Padding((4, 3), (4, 2)), full_batch_size=4), 0, 2).is_short
+    assert not step_of(Loader(Padding((4, 3), (4, 2))), 0, 2).is_short  # no batch size is known
+    assert not step_of(Loader(Padding((4, 4), (4, 2)), full_batch_size=4), 0, 2).is_short
+    assert not step_of(Loader(FULL, full_batch_size=4), 0, 2).is_short
 
 
 class Mesh:
@@ -208,6 +200,56 @@ def test_a_named_loader_need_not_have_a_length():
     accelerator = Accelerator(cpu=True)
     loader = accelerator.prepare(torch.utils.data.DataLoader(Endless(), batch_size=2))
     assert next(accelerator.gather_for_metrics(batch, dataloader=loader) is batch for batch in loader)
+
+
+def gather_in_pass(size: int, make: Any) -> list[int]:
+    """Return how many numbers of each batch of 8 are kept, where `make` makes them of the number of its rows."""
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(torch.arange(size), batch_size=8))
+    return [len(accelerator.gather_for_metrics(make(len(batch)))) for batch in loader]
+
+
+@pytest.mark.parametrize("value", [torch.zeros, torch.rand])
+def test_numbers_for_each_row_are_kept_whatever_they_are(value):
+    for size in range(1, 20):
+        rows = [8] * (size // 8) + [size % 8] * (size % 8 > 0)
+        for times in (1, 2, 3, 4, 8):
+            assert gather_in_pass(size, lambda rows, times=times: value(rows * times)) == [
+                count * times for count in rows
+            ]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_mean_counts_once_for_each_row_of_a_short_batch(times):
+    for size in range(9, 16):
+        assert gather_in_pass(size, lambda rows: torch.ones(8 * times)) == [8 * times, (size - 8) * times]
+
+
+def test_calls_of_one_step_are_remembered_one_by_one():
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(torch.arange(12), batch_size=8))
+    found = []
+    for _ in range(2):  # two passes
+        for batch in loader:
+            labels = torch.zeros(len(batch) * 2)
+            found += [len(item) for item in accelerator.gather_for_metrics((torch.ones(8), labels))]
+            found += [len(accelerator.gather_for_metrics(item)) for item in (labels, batch.float(), torch.ones(8))]
+    assert found == [8, 16, 16, 8, 8, 4, 8, 8, 4, 4] * 2
+
+
+def test_calls_that_bring_now_a_mean_and_now_numbers_for_each_row_are_refused():
+    accelerator = Accelerator(cpu=True)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(torch.arange(20), batch_size=8))
+    for step, batch in enumerate(loader):
+        if step < 2:
+            accelerator.gather_for_metrics(torch.ones(8 + 8 * step))
+            continue
+        with pytest.raises(
+            SettingError, match="8 equal numbers for a batch of 4 rows, where full ones have 8"
+        ) as caught:
+            accelerator.gather_for_metrics(torch.ones(8))
+        assert "Pass the mean itself in place of mean.repeat(batch_size)" in str(caught.value)
+        assert len(accelerator.gather_for_metrics(batch)) == 4
 
 
 class Endless(torch.utils.data.IterableDataset):

@@ -452,6 +452,22 @@ def test_a_loader_with_a_global_batch_size_says_how_many_batches_a_window_has():
     assert equal(gradients(model), by_hand(model, samples(8).split(2), [4])[0])
 
 
+def test_what_was_counted_before_does_not_shorten_the_window_of_a_global_batch():
+    accelerator, model, _ = prepared()
+    with accelerator.accumulate(model):  # a window of one batch, in no loop
+        accelerator.backward(model(samples(2)).square().mean())
+    assert accelerator.step == 1
+    model.zero_grad()
+    seen = []
+    for rows in with_plan(samples(16)):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(rows).square().mean())
+            seen.append(accelerator.sync_gradients)
+            if len(seen) == 4:
+                assert equal(gradients(model), by_hand(model, samples(16).split(2), [4])[0])
+    assert seen == [False, False, False, True] * 2
+
+
 @pytest.mark.parametrize("count", [1, 2, 5, 7, 9, 13, 15, 16])
 def test_the_last_batches_count_by_their_samples(count):
     accelerator, model, optimizer = prepared()
@@ -614,6 +630,19 @@ def test_a_model_trained_outside_of_regions_does_not_belong_to_the_window_of_one
             accelerator.backward(first(rows).square().mean())
     assert close(gradients(first), of_one_batch(first, samples(2)))
     assert close(gradients(second), [gradient / 2 for gradient in of_one_batch(second, samples(2))])
+
+
+def test_a_model_that_had_windows_of_its_own_belongs_to_the_later_one_that_trains_it():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
+    encoder, head = accelerator.prepare(*encoder_and_head())
+    accelerator.prepare(*(torch.optim.SGD(model.parameters(), lr=0.0) for model in (encoder, head)))
+    with accelerator.accumulate(head, num_steps=1):
+        accelerator.backward(head(samples(1)).square().mean())
+    head.zero_grad()
+    for rows in accelerator.prepare(DataLoader(Stream(samples(3)), batch_size=1)):
+        with accelerator.accumulate(encoder):
+            accelerator.backward(head(encoder(rows)).square().mean())
+    assert close([*gradients(encoder), *gradients(head)], both_gradients(head, encoder, samples(3)))
 
 
 def test_a_model_that_steps_later_keeps_its_gradients():
