@@ -140,7 +140,7 @@ def grid() -> list[Cell]:
 
 
 def sample_of_grid() -> list[Cell]:
-    """Return a dozen cells that between them have every value of every property, habits included."""
+    """Return some twenty cells that between them have every value of every property, habits included."""
     return [
         Cell("map", "plain", "0", 1, habit="load"),
         Cell("map", "plain", "0", 2, habit="recipe"),
@@ -156,6 +156,7 @@ def sample_of_grid() -> list[Cell]:
         Cell("map", "buckets", "0", 2, habit="recipe"),
         Cell("map", "plain", "2", 1, loader="stateful", habit="load"),
         Cell("dispatched-map", "plain", "0", 2, habit="load"),
+        Cell("dispatched-map", "loader-generator", "0", 1, habit="load"),
         Cell("iterable", "epoch", "0", 2, habit="load"),
         Cell("iterable", "buffer", "0", 1, keeps_state=True, habit="recipe"),
         Cell("iterable", "epoch", "2", 1, loader="stateful", keeps_state=True, augmented=True, habit="recipe"),

@@ -189,7 +189,15 @@ class Feed:
         return self.loader.sampler if self.loader.batch_sampler is None else self.loader.batch_sampler
 
     def begin(
-        self, source: Source, begin: int, check: Check | None, seed: int | None, *, behind: int = 2, kept: int = 0
+        self,
+        source: Source,
+        begin: int,
+        check: Check | None,
+        seed: int | None,
+        *,
+        behind: int = 2,
+        kept: int = 0,
+        is_finished: bool = False,
     ) -> None:
         """Set what the next `iter` gives.
 
@@ -200,6 +208,7 @@ class Feed:
             seed: Seed each batch on arrival in a worker process, by this seed of the pass.
             behind: How many batches the loop may be behind the reading, besides those that workers prefetch.
             kept: How many batches from the start of the pass to keep in `kept`, where it begins later.
+            is_finished: Whether the sampler is already as it is at the end of the pass.
         """
         self.source, self.last, self.paddings = source, None, {}
         self._seed, self._drawn = seed, 0
@@ -209,7 +218,7 @@ class Feed:
         ahead = behind + max(1, self.loader.num_workers) * (self.loader.prefetch_factor or 2)
         self.kept: list[Any] = []
         self._recent: deque[Any] = deque(maxlen=ahead)
-        self._order = _order(source, begin, check, kept if begin else 0, self.kept)
+        self._order = _order(source, begin, check, kept if begin else 0, self.kept, is_finished)
         self._following: Any = None
         self._primed = False
 
@@ -269,7 +278,7 @@ def _no_feed() -> None:
 
 
 def _order(
-    source: Source, begin: int, check: Check | None, wanted: int, kept: list[Any]
+    source: Source, begin: int, check: Check | None, wanted: int, kept: list[Any], is_finished: bool
 ) -> Iterator[tuple[Any, Padding | None]]:
     """Yield the batches from `begin` on; before that, put as many as are wanted from the start of the pass in `kept`."""
     size = source.plan.batch_size or 1
@@ -284,6 +293,7 @@ def _order(
             return
         if type(sampler) in (RandomSampler, SeedableRandomSampler) and is_permutation(sampler):
             draw = draw_order(sampler)
+            draw.is_finished = is_finished
             if check is not None:
                 _verify(check, draw.order[check.at : check.at + check.rows].tolist(), sampler)
             kept += [chunk.tolist() for chunk in draw.order[: min(begin, wanted * size)].split(size)] if wanted else []

@@ -120,6 +120,9 @@ class Place:
     seen: list[Any] | None = None
     """A few values of the last batch of a stream."""
 
+    is_finished: bool = False
+    """Whether the sampler was left as it is at the end of the pass, since the whole order had been handed out."""
+
     now: list[dict[str, Any]] | None = None
     """What samplers and datasets were in the middle of the pass, for what comes after it."""
 

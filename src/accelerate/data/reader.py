@@ -150,18 +150,21 @@ class Reader:
         owner, base, feed = self._owner, self._base, self.feed
         source = self._source()
         begin = self._begin(pending, source.units_per_step)
-        check = None if pending is None or pending is owner.replaces else pending.check
+        restored = pending if pending is not owner.replaces else None
+        check = None if restored is None else restored.check
+        is_finished = restored is not None and restored.is_finished
         seed = derive(torch.initial_seed(), owner._mark.ordinal, owner.iteration, owner.shard_index)
         shares = self._is_shared and source.draws_globally
         with self._opened(pending, shares) as opening_states:
             behind = owner.reads_per_step * 2
-            feed.begin(source, begin, check, seed if base.num_workers else None, behind=behind, kept=kept)
+            seed_of_workers = seed if base.num_workers else None
+            feed.begin(source, begin, check, seed_of_workers, behind=behind, kept=kept, is_finished=is_finished)
             batches, makes_workers = self._iterator(pending)
             feed.prime()
         self.opening = [self._fetch(indices, numbered(seed, place)) for place, indices in enumerate(feed.kept)]
         place = Place(opening_states, begin, source.unit, source.size, check)
         place.per_step = source.units_per_step * owner.reads_per_step
-        place.workers, place.makes_workers = base.num_workers, makes_workers
+        place.workers, place.makes_workers, place.is_finished = base.num_workers, makes_workers, is_finished
         if base.num_workers == 0 and (ahead or owner.shard_count > 1):
             batches = seeded_reads(batches, seed, begin // source.units_per_step)
         owner._mark.open(place, feed)
@@ -502,6 +505,7 @@ class Reader:
             snapshot = fitting[-1] if fitting else place.snapshot
             now = capture(self._nodes(), self._baseline)
             place = replace(place, done=done, check=check, snapshot=snapshot, shards=self._own_shards(), now=now)
+            place.is_finished = place.is_finished or (mark.feed is not None and mark.feed.last is not None)
         return {**common, "place": place.to_state()}
 
     def _held(self) -> list[dict[str, Any]] | None:

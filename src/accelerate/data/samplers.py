@@ -223,8 +223,14 @@ class Order:
     order: torch.Tensor
     """Shape (num_samples,), integers."""
 
+    is_finished: bool = False
+    """Whether the sampler is as it is at the end of a pass."""
+
     def finish(self) -> None:
         """Leave the sampler as it is at the end of a pass."""
+        if self.is_finished:
+            return
+        self.is_finished = True
         if isinstance(self.sampler, SeedableRandomSampler):
             self.sampler.set_epoch(self.sampler.epoch + 1)
         elif self.sampler.generator is not None:
