@@ -157,6 +157,7 @@ def sample_of_grid() -> list[Cell]:
         Cell("map", "plain", "2", 1, loader="stateful", habit="load"),
         Cell("dispatched-map", "plain", "0", 2, habit="load"),
         Cell("dispatched-map", "loader-generator", "0", 1, habit="load"),
+        Cell("dispatched-map", "loader-generator", "0", 2, habit="recipe"),
         Cell("iterable", "epoch", "0", 2, habit="load"),
         Cell("iterable", "buffer", "0", 1, keeps_state=True, habit="recipe"),
         Cell("iterable", "epoch", "2", 1, loader="stateful", keeps_state=True, augmented=True, habit="recipe"),

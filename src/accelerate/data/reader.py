@@ -150,9 +150,8 @@ class Reader:
         owner, base, feed = self._owner, self._base, self.feed
         source = self._source()
         begin = self._begin(pending, source.units_per_step)
-        restored = pending if pending is not owner.replaces else None
-        check = None if restored is None else restored.check
-        is_finished = restored is not None and restored.is_finished
+        check = None if pending is None or pending is owner.replaces else pending.check
+        is_finished = pending is not None and pending.is_finished  # wherever in the pass it goes on
         seed = derive(torch.initial_seed(), owner._mark.ordinal, owner.iteration, owner.shard_index)
         shares = self._is_shared and source.draws_globally
         with self._opened(pending, shares) as opening_states:
