@@ -26,15 +26,19 @@ def loaders(batch_size: int) -> tuple[DataLoader, DataLoader]:
 
 
 def network() -> nn.Module:
-    """Return a small convolutional network: (n, 1, 8, 8) images to (n, 10) scores."""
+    """Return a small convolutional network: (n, 1, 8, 8) images to (n, 10) scores.
+
+    It is smooth, so that the rounding of sums that are taken in another order, as other numbers of processes do, stays
+    small: where it has kinks, training amplifies it until the last digit of the accuracy differs.
+    """
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(),
+        nn.GELU(),
         nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
+        nn.GELU(),
+        nn.AvgPool2d(2),
         nn.Flatten(),
         nn.Linear(64 * 4 * 4, 128),
-        nn.ReLU(),
+        nn.GELU(),
         nn.Linear(128, 10),
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits"
@@ -99,6 +100,8 @@ def test_terminated_in_mid_epoch_it_goes_on_with_another_number_of_processes(fir
     parts = run(then, tmp_path / "parts", "--epochs", "5", "--resume")
     assert parts.consumed == whole.consumed
     assert parts.accuracy == whole.accuracy
+    weights, expected = load_file(parts.model), load_file(whole.model)
+    assert all(torch.allclose(weights[name], expected[name], atol=1e-4) for name in expected)
     assert parts.samples == whole.samples == 360
 
 
