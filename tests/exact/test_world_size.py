@@ -136,6 +136,23 @@ def test_a_stream_goes_on_in_batches_of_another_size(saved, to, sizes, workers, 
     assert sorted(before + after) == list(range(64))
 
 
+def read_numbers_with_states_of_each_rank() -> tuple[list[int], list[int]]:
+    options = DataLoaderConfiguration(use_stateful_dataloader=True, dispatch_batches=False)
+    accelerator = Accelerator(dataloader_config=options)
+    first, second = (accelerator.prepare(DataLoader(Numbers(), batch_size=4)) for _ in range(2))
+    passes = iter(first)
+    for _ in range(3):
+        next(passes)
+    second.load_state_dict(first.state_dict())
+    return torch.cat(list(passes)).tolist(), torch.cat(list(second)).tolist()
+
+
+def test_each_rank_may_keep_the_state_of_its_own_loader():
+    """Only rank 0 notes what it has seen; that the others did not must not keep them from comparing together."""
+    for rest, resumed in run_on_ranks(read_numbers_with_states_of_each_rank, 2, timeout=20):
+        assert resumed == rest
+
+
 def test_workers_that_last_go_back_to_where_they_were_told(tmp_path):
     read_numbers(tmp_path, 3, 4, {"dispatch_batches": False}, num_workers=2, persistent_workers=True)
     (found,) = run_on_ranks(read_numbers_after_going_back, 1, tmp_path)

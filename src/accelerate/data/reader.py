@@ -225,9 +225,7 @@ class Reader:
             # Workers whose part is exhausted read less than the others.
             strict = restored is not None and owner.agreement is None and isinstance(skipped, int)
             with self._started_at(skipped, strict, None if base.num_workers else (seeds, way.started // per_step)):
-                self.feed.pass_seed = (
-                    seeds[2] if base.num_workers else None
-                )  # workers are seeded by torch's, as torch does
+                self.feed.pass_seed = seeds[2] if base.num_workers else None  # of torch's, as torch seeds workers
                 self.feed.pass_epoch = owner.iteration if base.persistent_workers else None
                 self.feed.seeds_each = owner.use_stateful_dataloader and self.saves_in_workers
                 batches, makes_workers = self._iterator(pending)
@@ -264,7 +262,7 @@ class Reader:
                 restored.per_step,
                 restored.per_batch,
                 restored.workers,
-                self._is_comparable(restored, per_step),
+                self._reads_alike(restored, per_step) and restored.seen is not None,
                 restored.starts,
                 restored.started,
                 restored.by_worker,
@@ -282,10 +280,9 @@ class Reader:
             )
         return way
 
-    def _is_comparable(self, restored: Place, per_batch: int) -> bool:
-        """Tell whether the batch that was noted last holds the samples of one that this rank reads now."""
-        alike = restored.per_batch == per_batch and restored.own_batch == self._base.batch_size
-        return alike and restored.seen is not None
+    def _reads_alike(self, restored: Place, per_batch: int) -> bool:
+        """Tell whether a batch holds the samples now that it held when a place was saved. The same on all ranks."""
+        return restored.per_batch == per_batch and restored.own_batch == self._base.batch_size
 
     def _leave_out(
         self, batches: Iterator[Any], way: Way, trail: Trail, kept: int, restored: Place | None, strict: bool
@@ -305,7 +302,8 @@ class Reader:
         if kept and not way.starts and len(self.opening) < kept and last is not None:
             self.opening.append(last)
         owner = self._owner
-        if restored is not None and self._is_comparable(restored, trail.per_batch):
+        # Whether something was noted is no part of the question: only rank 0 did, and each may have kept its own state.
+        if restored is not None and self._reads_alike(restored, trail.per_batch):
             problem = (
                 another_batch(restored.seen, last, self._nodes()[0], restored.done) if owner.shard_index == 0 else None
             )
@@ -331,9 +329,8 @@ class Reader:
         dataset: Any = self._nodes()[0]
         saves = stream is not None and has_state(dataset) and self._owner.agreement is None
         shard: Any = self._base.dataset
-        held = (
-            shard.multiple if isinstance(shard, IterableDatasetShard) and shard.drop_last else 1
-        )  # read ahead at once
+        # So many samples are read ahead at once.
+        held = shard.multiple if isinstance(shard, IterableDatasetShard) and shard.drop_last else 1
         for number, batch in enumerate(batches, start=1):
             done = begin + number * trail.per_batch
             if saves and stream is not None and number % _SNAPSHOT_EVERY == 0 and done % held == 0:
@@ -365,10 +362,8 @@ class Reader:
                 yield pending.opening
             finally:
                 outer.restore()
-                if (
-                    not self.iterable and self._source().is_drawn_first
-                ):  # what others drew since from a shared generator
-                    put_back(nodes, others, self._baseline)
+                if not self.iterable and self._source().is_drawn_first:
+                    put_back(nodes, others, self._baseline)  # others may have drawn since from a shared generator
             return
         kept = opening(nodes, self._baseline)
         if not shares:
@@ -524,8 +519,9 @@ class Reader:
             name = next(type(node).__name__ for node, kept in zip(self._datasets, held, strict=True) if kept)
             warnings.warn(
                 f"{name} holds a random generator of its own, which is drawn from ahead of the loop or in worker processes, "
-                "so that a checkpoint cannot hold where it is: after load_state it draws other numbers than in this run. Draw from the global generators "
-                "(random, numpy.random, torch) in the dataset: those are seeded for each batch.",
+                "so that a checkpoint cannot hold where it is: after load_state it draws other numbers than in this run. "
+                "Draw from the global generators (random, numpy.random, torch) in the dataset: those are seeded for each "
+                "batch.",
                 stacklevel=6,
             )
         return None
