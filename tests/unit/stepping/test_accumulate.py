@@ -16,6 +16,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from accelerate import Accelerator
 from accelerate.data.prepare import prepare_data_loader
 from accelerate.stepping.samples import batch_of
+from accelerate.stepping.tally import Window
+from accelerate.stepping.window import Place
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, GradScalerKwargs
 
 
@@ -378,6 +380,27 @@ def test_a_window_is_counted_in_one_way(first):
     # The next window may be counted in another.
     with accelerator.accumulate(model):
         accelerator.backward(model(samples(3)).square().mean(), **given[1])
+
+
+def test_a_divisor_is_known_beforehand_only_where_all_is_as_was_thought():
+    window = Window()
+    window.place = Place(1, 1, 4, is_last=False)
+    assert window.divisor() == 4
+    window.reference = 2  # gradients that were restored may be a sum over another number
+    assert window.divisor() is None
+    window.reference, window.place = 4, Place(0, 3, 4, is_last=True)
+    assert window.divisor() is None
+    window.batch = 2, 2, 1
+    assert window.divisor() is None
+
+
+def test_items_that_come_to_as_many_as_batches_are_still_no_batches():
+    """One item in each of two batches makes the number that two batches do."""
+    accelerator, model, _ = prepared(gradient_accumulation_steps=2)
+    with accelerator.accumulate(model):
+        accelerator.backward(model(samples(1)).square().mean(), num_items=1)
+    with accelerator.accumulate(model), pytest.raises(ValueError, match="Pass num_items in all of them, or in none"):
+        accelerator.backward(model(samples(1)).square().mean())
 
 
 def test_a_window_without_regions_is_counted_in_one_way_too():
