@@ -113,6 +113,22 @@ def test_a_short_window_that_no_one_foresaw_is_put_right_at_its_end():
     assert close(found[1], short)
 
 
+def test_a_short_window_leaves_gradients_alone_that_were_made_beside_it_by_hand():
+    """Another model, trained outside of regions while the window is open: its gradients are no part of the window."""
+    accelerator, model, _ = prepared(gradient_accumulation_steps=4)
+    other = accelerator.prepare(network())
+    loader = accelerator.prepare(DataLoader(Stream(samples(6)), batch_size=2))
+    for number, rows in enumerate(loader):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(rows).square().mean())
+        if number == 0:
+            accelerator.sync_gradients = True
+            accelerator.backward(4 * other(rows).square().mean())
+            before = gradients(other)
+    assert close(gradients(model), of_one_batch(model, samples(6)))
+    assert equal(gradients(other), before)
+
+
 def test_a_window_of_one_batch_that_no_one_foresaw():
     accelerator, model, optimizer = prepared(gradient_accumulation_steps=4)
     loader = accelerator.prepare(DataLoader(Stream(samples(2)), batch_size=2))
