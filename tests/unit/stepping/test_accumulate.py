@@ -186,6 +186,18 @@ def test_an_evaluation_that_is_broken_off_inside_a_loop_leaves_its_windows_alone
     assert ends == [False, True, False, True, True] * 2
 
 
+def test_a_loop_that_was_left_at_its_last_batch_ends_no_window_afterwards():
+    accelerator, model, _ = prepared(gradient_accumulation_steps=2)
+    for _ in accelerator.prepare(DataLoader(samples(1), batch_size=1)):
+        break
+    ends = []
+    for rows in samples(4).split(1):
+        with accelerator.accumulate(model):
+            accelerator.backward(model(rows).square().mean())
+            ends.append(accelerator.sync_gradients)
+    assert ends == [False, True, False, True]
+
+
 def test_steps_that_change_in_the_middle_of_a_window():
     accelerator, model, optimizer = prepared(gradient_accumulation_steps=4)
     rows = samples(2)
