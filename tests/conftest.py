@@ -21,6 +21,9 @@ _NOT_OURS = {
 # lost packet has timed out: five seconds, twice.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
 
+# Where it is set, each piece that a process prints is written alone, and pieces of two processes' lines mix.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 # The same examples in every run: a test that fails does so again. New ones: HYPOTHESIS_PROFILE=explore make test.
 hypothesis.settings.register_profile("repeatable", derandomize=True)
 hypothesis.settings.register_profile("explore")

@@ -411,6 +411,19 @@ def test_an_evaluation_of_a_checkpoint_reads_all_of_its_data(strict, tmp_path):
     assert len(list(loader)) == 6
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_run_that_never_prepared_an_optimizer_continues(strict, tmp_path):
+    accelerator = Accelerator()
+    loader = accelerator.prepare(DataLoader(torch.arange(12), batch_size=2))
+    next(iter(loader))
+    accelerator.save_state(tmp_path / "one")
+    accelerator.free_memory()
+
+    loader = accelerator.prepare(DataLoader(torch.arange(12), batch_size=2))
+    accelerator.load_state(tmp_path / "one", strict=strict)
+    assert torch.cat(list(loader)).tolist() == list(range(2, 12))
+
+
 def test_a_loader_that_cannot_continue_begins_anew_where_that_is_asked_for(tmp_path):
     accelerator = Accelerator()
     model = torch.nn.Linear(1, 1)

@@ -97,7 +97,7 @@ def load_state(
         given["loaders"] = len(dataloaders)
         if pre_hooks:
             given.pop("models")  # a hook may know of models that it loads itself
-        evaluates = _only_evaluates(source, optimizers, strict)
+        evaluates = _only_evaluates(source, optimizers)
         _check_counts(source, given, strict, evaluates=evaluates, tell=collectives.rank == 0)
         trained_on = () if evaluates else dataloaders
         remaining = list(models)
@@ -219,10 +219,10 @@ def _check_custom_objects(source: Path, registered: int) -> None:
         )
 
 
-def _only_evaluates(source: Path, optimizers: Sequence[Any], strict: bool) -> bool:
+def _only_evaluates(source: Path, optimizers: Sequence[Any]) -> bool:
     """Tell whether what was saved in training is to be evaluated: its loaders are others, or for another use."""
     saved = layout.count_saved(path.name for path in source.iterdir())
-    return not optimizers and (saved["optimizers"] > 0 or not strict)
+    return not optimizers and saved["optimizers"] > 0
 
 
 def _check_counts(source: Path, given: Mapping[str, int], strict: bool, *, evaluates: bool, tell: bool) -> None:
