@@ -77,8 +77,8 @@ def load_state(
             are not loaded.
         strict: Refuse a folder that has lost its manifest, or states of this rank, or that holds more models (of
             which no hook may know), optimizers or schedulers than are given. Otherwise say so, and go on. A script
-            that gives no optimizer or no scheduler at all only evaluates: it is told, not refused, and without an
-            optimizer its loaders begin at their start (with `strict=False` also if none was saved).
+            that gives no optimizer or no scheduler at all only evaluates: it is told, not refused, and where
+            optimizers were saved and it gives none, its loaders begin at their start.
         load_model_kwargs: For `model.load_state_dict`, such as `{"strict": False}`.
 
     Raises:
