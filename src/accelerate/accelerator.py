@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from . import precision
 from .checkpoint import weights
+from .checkpoint.background import SaveHandle
 from .core.enums import DistributedType, FP8BackendType, PrecisionType, RNGType
 from .core.errors import AccelerateError, SettingError, explain
 from .data.resume import skip_first_batches
@@ -738,46 +739,70 @@ class Accelerator:
         self._session.load_hooks[handle.id] = hook
         return handle
 
+    @overload
     def save_state(
         self,
         output_dir: str | Path | None = None,
         safe_serialization: bool = True,
+        *,
+        blocking: Literal[True] = True,
         **save_model_func_kwargs: Any,
-    ) -> Path:
+    ) -> Path: ...
+
+    @overload
+    def save_state(
+        self,
+        output_dir: str | Path | None = None,
+        safe_serialization: bool = True,
+        *,
+        blocking: bool,
+        **save_model_func_kwargs: Any,
+    ) -> Path | SaveHandle: ...
+
+    def save_state(
+        self,
+        output_dir: str | Path | None = None,
+        safe_serialization: bool = True,
+        *,
+        blocking: bool = True,
+        **save_model_func_kwargs: Any,
+    ) -> Path | SaveHandle:
         """Save everything the run needs to continue. Called on all ranks; collective.
 
         Args:
             output_dir: The folder; needless with automatic naming.
             safe_serialization: `False` writes model weights in torch's pickle-based format.
+            blocking: `False` returns as soon as everything is copied to memory, and writes while training goes on.
+                One such save runs at a time: the next one, `load_state`, `end_training` and the end of the script
+                wait for it. The memory for the copies is kept for the next save.
             **save_model_func_kwargs: None is known to the formats of this version.
 
         Returns:
-            The folder.
+            The folder; with `blocking=False` a handle, whose `wait()` returns the folder when it is complete.
 
         Raises:
             WrongTypeError: (a `TypeError`) if there is neither a folder nor automatic naming, or an unknown keyword.
-            CheckpointError: On all ranks, if any rank failed; nothing has changed then.
+            CheckpointError: On all ranks, if any rank failed; nothing has changed then. A save in the background that
+                has failed raises in its handle, or in the next of the calls that wait for it.
         """
         _refuse_keywords("save_state", save_model_func_kwargs)
         session = self._session
         if session.scaling is not None:
             session.scaling.update_if_waiting()
-        return session_save.save_state(
+        handle = session_save.save_state(
+            session.contents,
             folder=output_dir,
             project=self.project_configuration,
-            models=session.models,
-            optimizers=session.optimizers,
-            schedulers=session.schedulers,
-            dataloaders=session.dataloaders,
-            scaler=self.scaler,
-            custom_objects=session.custom_objects,
             step=self.step,
             windows=session.windows.state_dict(),
             runtime=self.state._runtime,
+            saving=session.saving,
             get_model_state=self.get_state_dict,
             pre_hooks=list(session.save_hooks.values()),
             safe_serialization=safe_serialization,
+            blocking=blocking,
         )
+        return handle.folder if blocking else handle
 
     def load_state(
         self,
@@ -796,16 +821,12 @@ class Accelerator:
             CheckpointError: If something is missing, incomplete or does not fit.
         """
         session = self._session
+        session.saving.background.wait()
         keywords = {**(load_kwargs or {}), **load_model_func_kwargs}
         loaded = session_load.load_state(
+            session.contents,
             folder=input_dir,
             project=self.project_configuration,
-            models=session.models,
-            optimizers=session.optimizers,
-            schedulers=session.schedulers,
-            dataloaders=session.dataloaders,
-            scaler=self.scaler,
-            custom_objects=session.custom_objects,
             runtime=self.state._runtime,
             pre_hooks=list(session.load_hooks.values()),
             strict=keywords.get("strict", True),
@@ -847,8 +868,15 @@ class Accelerator:
         )
 
     def end_training(self) -> None:
-        """Leave the process group. Called on all ranks, at the end of the script."""
-        self.state.destroy_process_group()
+        """Wait for a save that still runs, and leave the process group. Called on all ranks, at the end of the script.
+
+        Raises:
+            CheckpointError: On all ranks, if a save in the background failed and nobody has heard of it.
+        """
+        try:
+            self._session.saving.release()
+        finally:
+            self.state.destroy_process_group()
 
     def __enter__(self) -> Self:
         return self

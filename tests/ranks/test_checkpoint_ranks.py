@@ -17,7 +17,7 @@ import torch
 from accelerate.checkpoint import durable, layout, weights
 from accelerate.runtime.state import ProcessSettings, Runtime, start
 from accelerate.session.load import load_state
-from accelerate.session.save import save_state
+from accelerate.session.save import Contents, Saving, save_state
 from accelerate.settings.options.project import ProjectConfiguration
 from tests.support.ranks import run_on_ranks
 
@@ -35,6 +35,11 @@ class Box:
         self.value = state["value"]
 
 
+def contents(custom: Sequence[Box], model: torch.nn.Module | None) -> Contents:
+    models = [model] if model else []
+    return Contents(models=models, optimizers=[], schedulers=[], dataloaders=[], scaler=None, custom_objects=custom)
+
+
 def save(
     runtime: Runtime,
     project: ProjectConfiguration,
@@ -43,18 +48,14 @@ def save(
     model: torch.nn.Module | None = None,
 ) -> Path:
     return save_state(
+        contents(custom, model),
         folder=folder,
         project=project,
-        models=[model] if model else [],
-        optimizers=[],
-        schedulers=[],
-        dataloaders=[],
-        scaler=None,
-        custom_objects=custom,
         step=1,
         runtime=runtime,
+        saving=Saving(runtime.hardware),
         get_model_state=lambda module: module.state_dict(),
-    )
+    ).wait()
 
 
 def load(
@@ -64,17 +65,7 @@ def load(
     custom: Sequence[Box] = (),
     model: torch.nn.Module | None = None,
 ) -> Path:
-    return load_state(
-        folder=folder,
-        project=project,
-        models=[model] if model else [],
-        optimizers=[],
-        schedulers=[],
-        dataloaders=[],
-        scaler=None,
-        custom_objects=custom,
-        runtime=runtime,
-    ).folder
+    return load_state(contents(custom, model), folder=folder, project=project, runtime=runtime).folder
 
 
 def begin() -> Runtime:
@@ -124,17 +115,17 @@ def _fail_on_rank_one(folder: Path, error: type[Exception]) -> Any:
     project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=1)
     box = Box("old")
     save(runtime, project, custom=[box])
-    real = durable.write_file
+    real = durable.flush_file
 
-    def failing(file: Path, content: bytes) -> None:
+    def failing(file: Path) -> None:
         if file.name.startswith(layout.RNG_STATE_NAME) and runtime.process.rank == 1:
             raise error("No space left on device")
-        real(file, content)
+        real(file)
 
-    durable.write_file = failing
+    durable.flush_file = failing
     box.value = "new"
     outcome = error_of(lambda: save(runtime, project, custom=[box]))
-    durable.write_file = real
+    durable.flush_file = real
     runtime.collectives.barrier()  # rank 0 has cleaned up
     left = sorted(os.listdir(folder / "checkpoints"))
     load(runtime, project, custom=[box])
@@ -287,13 +278,13 @@ def _die_while_saving(folder: Path) -> Any:
     project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=1)
     save(runtime, project, custom=[Box("old")])
     if runtime.process.rank == 1:
-        real = durable.write_file
+        real = durable.flush_file
 
-        def die(file: Path, content: bytes) -> None:
-            real(file, content)
+        def die(file: Path) -> None:
+            real(file)
             os._exit(17)
 
-        durable.write_file = die
+        durable.flush_file = die
     return error_of(lambda: save(runtime, project, custom=[Box("new")]))
 
 

@@ -19,17 +19,21 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import xxhash
 
-from ..collectives.base import Collectives
+from ..collectives.base import Collectives, Exchange
 from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
 from . import durable, layout
+from .files import File
+from .manifest import FileEntry
+from .writer import Writer
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class _Report:
     inside: bool = False
     error: AccelerateError | None = None
     failure: str | None = None
+    news: Any = None
 
 
 class _Journal(msgspec.Struct):
@@ -69,8 +74,104 @@ def nothing(_: Path) -> Iterable[str]:
     return ()
 
 
-def no_finish(_: Path) -> None:
+Finish = Callable[[Path, Mapping[str, FileEntry]], None]
+
+
+def no_finish(_: Path, __: Mapping[str, FileEntry]) -> None:
     """Do nothing before the rename."""
+
+
+class Staging:
+    """One save on its way: a folder to write into, which becomes the destination when all ranks have succeeded."""
+
+    def __init__(
+        self,
+        final: Path,
+        collectives: Collectives,
+        *,
+        leads: bool | None = None,
+        fresh: bool = False,
+        stale: Callable[[Path], Iterable[str]] = nothing,
+    ) -> None:
+        """Create the folder. Called on all ranks; collective: one exchange of one small object.
+
+        Args:
+            final: Where the files shall appear.
+            collectives: How ranks tell each other.
+            leads: Whether this rank creates and renames folders on its disk. Rank 0 does unless told; with disks
+                that nodes do not share, one rank of each node has to.
+            fresh: Refuse a destination that exists.
+            stale: Asked on a leading rank for the files of an older state to remove from an existing destination.
+
+        Raises:
+            CheckpointError: On all ranks, naming each rank that failed and why.
+            SettingError: On all ranks, if `fresh` and the destination exists.
+        """
+        self.final = Path(os.path.abspath(final))
+        self.leads = collectives.rank == 0 if leads is None else leads
+        self._stale = stale
+        own, reports = _begin(self.final, collectives, self.leads, fresh)
+        self._area = _area(self.final, leader_of(own, reports).inside)
+        self._led = [report.rank for report in reports if leader_of(report, reports).rank == own.rank]
+        self.folder = self._area.staging
+
+    def complete(
+        self, exchange: Exchange, files: Callable[[], Iterable[File]] = list, finish: Finish = no_finish
+    ) -> None:
+        """Write this rank's files, and put the folder in place if all ranks have written theirs.
+
+        Called on all ranks, each with its own files; collective: two exchanges. Blocks until the slowest rank has
+        written. If any rank failed, the destination is as it was.
+
+        Args:
+            exchange: How ranks tell each other; need not be what they began with.
+            files: Returns what to write. May raise, and be collective.
+            finish: Called on a leading rank when all ranks have written, with the folder, and the hashes of what
+                the ranks at the same disk have written.
+
+        Raises:
+            CheckpointError: On all ranks, naming each rank that failed and why.
+        """
+        with self.undone_if_not_whole():
+            failure, written = None, {}
+            try:
+                with Writer(self.folder) as writer:
+                    writer.write(files())
+                written = writer.entries
+            except Exception as error:  # noqa: BLE001 - the other ranks have to hear of it before it leaves
+                failure = error
+            self._put_in_place(exchange, failure, written, finish)
+
+    def fail(self, exchange: Exchange, failure: Exception) -> None:
+        """Tell the other ranks, which call `complete`, that this one could not write; then raise as they do."""
+        with self.undone_if_not_whole():
+            self._put_in_place(exchange, failure, {}, no_finish)
+
+    @contextmanager
+    def kept_if_all_succeed(self, collectives: Collectives) -> Iterator[None]:
+        """Let no rank go on to `complete` when another one failed in this block. Collective at its end."""
+        with self.undone_if_not_whole(), together(collectives, f"The checkpoint {self.final} was not begun"):
+            yield
+
+    @contextmanager
+    def undone_if_not_whole(self) -> Iterator[None]:
+        """Remove what was written so far when this block fails."""
+        try:
+            yield
+        except BaseException:
+            if self.leads:
+                shutil.rmtree(self._area.root, ignore_errors=True)
+            raise
+
+    def _put_in_place(
+        self, exchange: Exchange, failure: Exception | None, written: dict[str, FileEntry], finish: Finish
+    ) -> None:
+        problem = f"The checkpoint {self.final} was not written"
+        told = _agree(exchange, failure, problem, "What was there before is untouched.", written)
+        if self.leads:
+            known = {name: entry for rank in self._led for name, entry in told[rank].items()}
+            failure = _attempt(lambda: _publish(self._area, self.final, self._stale, known, finish))
+        _agree(exchange, failure, f"The checkpoint {self.final} was not put in place", _STILL_WHOLE)
 
 
 @contextmanager
@@ -78,47 +179,21 @@ def staged(
     final: Path,
     collectives: Collectives,
     *,
-    leads: bool | None = None,
-    fresh: bool = False,
     stale: Callable[[Path], Iterable[str]] = nothing,
-    finish: Callable[[Path], None] = no_finish,
+    finish: Finish = no_finish,
 ) -> Iterator[Path]:
     """Give all ranks a folder to write into that becomes `final` when all have succeeded.
 
-    Called on all ranks; collective: three exchanges of one small object. Blocks until the slowest rank has
-    written. If any rank fails, `final` is as it was.
-
-    Args:
-        final: Where the files shall appear.
-        collectives: How ranks tell each other.
-        leads: Whether this rank creates and renames folders on its disk. Rank 0 does unless told; with disks
-            that nodes do not share, one rank of each node has to.
-        fresh: Refuse a destination that exists.
-        stale: Asked on a leading rank for the files of an older state to remove from an existing destination.
-        finish: Called on a leading rank when all ranks have written, with the folder.
-
-    Raises:
-        CheckpointError: On all ranks, naming each rank that failed and why.
-        SettingError: On all ranks, if `fresh` and the destination exists.
+    Called on all ranks; collective: three exchanges of one small object. See `Staging` for the rest.
     """
-    final = Path(os.path.abspath(final))
-    leads = collectives.rank == 0 if leads is None else leads
-    area = _begin(final, collectives, leads, fresh)
-    done = False
-    try:
-        failure: Exception | None = None
+    staging = Staging(final, collectives, stale=stale)
+    with staging.undone_if_not_whole():
         try:
-            yield area.staging
-        except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks have to hear of it before it leaves
-            failure = error
-        _agree(collectives, failure, f"The checkpoint {final} was not written", "What was there before is untouched.")
-        if leads:
-            failure = _attempt(lambda: _publish(area, final, stale, finish))
-        _agree(collectives, failure, f"The checkpoint {final} was not put in place", _STILL_WHOLE)
-        done = True
-    finally:
-        if leads and not done:
-            shutil.rmtree(area.root, ignore_errors=True)
+            yield staging.folder
+        except Exception as error:  # noqa: BLE001 - the other ranks have to hear of it before it leaves
+            staging.fail(collectives, error)
+        else:
+            staging.complete(collectives, finish=finish)
 
 
 def _attempt(action: Callable[[], None]) -> Exception | None:
@@ -129,7 +204,7 @@ def _attempt(action: Callable[[], None]) -> Exception | None:
     return None
 
 
-def _begin(final: Path, collectives: Collectives, leads: bool, fresh: bool) -> _Area:
+def _begin(final: Path, collectives: Collectives, leads: bool, fresh: bool) -> tuple[_Report, list[_Report]]:
     report = _Report(collectives.rank, leads, socket.gethostname())
     if leads:
         try:
@@ -144,7 +219,7 @@ def _begin(final: Path, collectives: Collectives, leads: bool, fresh: bool) -> _
         if found.error is not None:
             raise found.error
     _raise_failures(reports, f"The checkpoint {final} cannot be begun", "What was there before is untouched.")
-    return _area(final, leader_of(report, reports).inside)
+    return report, reports
 
 
 def leader_of(own: _Report, reports: list[_Report]) -> _Report:
@@ -186,8 +261,14 @@ def _prepare(final: Path, fresh: bool) -> bool:
     return inside
 
 
-def _publish(area: _Area, final: Path, stale: Callable[[Path], Iterable[str]], finish: Callable[[Path], None]) -> None:
-    finish(area.staging)
+def _publish(
+    area: _Area,
+    final: Path,
+    stale: Callable[[Path], Iterable[str]],
+    known: Mapping[str, FileEntry],
+    finish: Finish,
+) -> None:
+    finish(area.staging, known)
     if not area.inside:
         durable.flush_tree(area.staging)
         os.rename(area.staging, final)
@@ -313,13 +394,14 @@ def _describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _agree(collectives: Collectives, failure: Exception | None, problem: str, remedy: str) -> None:
-    """Return if no rank has failed; otherwise raise on all ranks. Collective."""
-    own = _Report(collectives.rank, False, "", failure=_describe(failure) if failure else None)
-    reports = collectives.all_gather_object(own)
-    if failure is not None and collectives.world_size == 1 and isinstance(failure, AccelerateError):
+def _agree(exchange: Exchange, failure: Exception | None, problem: str, remedy: str, news: Any = None) -> list[Any]:
+    """Return what each rank brings as `news` if none has failed; otherwise raise on all ranks. Collective."""
+    own = _Report(exchange.rank, False, "", failure=_describe(failure) if failure else None, news=news)
+    reports = exchange.all_gather_object(own)
+    if failure is not None and exchange.world_size == 1 and isinstance(failure, AccelerateError):
         raise failure
     _raise_failures(reports, problem, remedy, failure)
+    return [report.news for report in reports]
 
 
 def _raise_failures(reports: list[_Report], problem: str, remedy: str, cause: Exception | None = None) -> None:

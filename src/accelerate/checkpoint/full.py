@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from . import layout
-from .train_state import read_state, write_state
-from .weights import complete_tied, load_weights, write_weights
+from . import layout, naming
+from .files import File
+from .train_state import plan_state, read_state
+from .weights import complete_tied, load_weights, plan_weights
 
 
-def save_model(state: Mapping[str, torch.Tensor], folder: Path, index: int, safe_serialization: bool = True) -> None:
-    """Write the weights of model `index`. Called on the ranks that write to a disk for the others."""
-    write_weights(state, folder / layout.model_file(index, safe_serialization))
+def plan_model(state: Mapping[str, torch.Tensor], index: int, safe_serialization: bool = True) -> list[File]:
+    """Return the files of the weights of model `index`. Called on the ranks that write to a disk for the others."""
+    return plan_weights(state, layout.model_file(index, safe_serialization))
 
 
 def load_model(model: torch.nn.Module, folder: Path, index: int, **kwargs: Any) -> None:
@@ -34,11 +35,24 @@ def load_model(model: torch.nn.Module, folder: Path, index: int, **kwargs: Any) 
     model.load_state_dict(complete_tied(load_weights(folder, index), model), **kwargs)
 
 
-def save_optimizer(optimizer: Any, folder: Path, index: int) -> None:
-    """Write the state of optimizer `index`. Called on the ranks that write to a disk for the others."""
-    write_state(folder, layout.numbered(layout.OPTIMIZER_NAME, index), optimizer.state_dict())
+def plan_optimizer(optimizer: Any, index: int, names: Mapping[int, str]) -> list[File]:
+    """Return the files of the state of optimizer `index`. Called on the ranks that write to a disk for the others.
+
+    Args:
+        optimizer: Anything with `state_dict()`.
+        index: Which of the saved optimizers.
+        names: Of parameters, by `id()`; states are kept under them.
+    """
+    state = naming.to_names(optimizer.state_dict(), naming.keys_of(optimizer, names))
+    return plan_state(layout.numbered(layout.OPTIMIZER_NAME, index), state)
 
 
-def load_optimizer(optimizer: Any, folder: Path, index: int) -> None:
-    """Read the state of optimizer `index`; it moves to where the parameters are. Called on all ranks."""
-    optimizer.load_state_dict(read_state(folder, layout.numbered(layout.OPTIMIZER_NAME, index)))
+def load_optimizer(optimizer: Any, folder: Path, index: int, names: Mapping[int, str]) -> None:
+    """Read the state of optimizer `index`; it moves to where the parameters are. Called on all ranks.
+
+    Raises:
+        CheckpointError: If the optimizer has other parameters than were saved.
+    """
+    stem = layout.numbered(layout.OPTIMIZER_NAME, index)
+    state = naming.to_numbers(read_state(folder, stem), naming.keys_of(optimizer, names), str(folder / stem))
+    optimizer.load_state_dict(state)

@@ -20,13 +20,13 @@ import torch
 
 from ..core.errors import explain
 from . import layout
-from .train_state import has_state, read_state, write_state
+from .files import File
+from .train_state import has_state, plan_state, read_state
 
 
-def write_windows(folder: Path, rank: int, windows: Any) -> None:
-    """Write the windows of `rank`; nothing where there is none to write. Called on all ranks."""
-    if windows is not None:
-        write_state(folder, layout.windows_stem(rank), windows)
+def plan_windows(rank: int, windows: Any) -> list[File]:
+    """Return the files of the windows of `rank`: none where no window is open. Called on all ranks."""
+    return [] if windows is None else plan_state(layout.windows_stem(rank), windows)
 
 
 def read_windows(folder: Path, rank: int, world_size: int, saved_ranks: int | None) -> list[dict[str, Any]] | None:

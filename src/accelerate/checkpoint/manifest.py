@@ -6,6 +6,7 @@ without it is not a complete checkpoint of ours; one that contradicts it is not 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -41,9 +42,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, FileEntry]
 
 
-def write(folder: Path, *, save_id: str, world_size: int, step: int, iteration: int) -> None:
-    """Describe everything in `folder`, durably. Reads each file once."""
-    files = {name: _entry(folder / name) for name in durable.files_below(folder)}
+def write(
+    folder: Path, known: Mapping[str, FileEntry], *, save_id: str, world_size: int, step: int, iteration: int
+) -> None:
+    """Describe everything in `folder`, durably. Reads the files that are not `known`, such as those of hooks."""
+    files = {name: known.get(name) or describe(folder / name) for name in durable.files_below(folder)}
     content = Manifest(
         format=FORMAT,
         save_id=save_id,
@@ -58,7 +61,8 @@ def write(folder: Path, *, save_id: str, world_size: int, step: int, iteration: 
     durable.write_file(folder / layout.MANIFEST_NAME, text + b"\n")
 
 
-def _entry(file: Path) -> FileEntry:
+def describe(file: Path) -> FileEntry:
+    """Read a file once, and return what the manifest says of it."""
     digest = xxhash.xxh3_64()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -110,7 +114,7 @@ def check(folder: Path, manifest: Manifest, hashes: bool = False) -> None:
             wrong.append(f"{name} is missing")
         elif (size := file.stat().st_size) != entry.num_bytes:
             wrong.append(f"{name} has {size} bytes in place of {entry.num_bytes}")
-        elif hashes and _entry(file) != entry:
+        elif hashes and describe(file) != entry:
             wrong.append(f"{name} has other content than was written")
     if wrong:
         raise CheckpointError(

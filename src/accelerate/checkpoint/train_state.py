@@ -18,9 +18,10 @@ import torch
 
 from ..core.errors import CheckpointError, explain
 from ..hardware import Hardware
-from . import durable, layout, legacy
+from . import layout, legacy
 from .codec import decode, encode
-from .weights import read_safetensors, write_safetensors
+from .files import File, TensorFile, TextFile
+from .weights import read_safetensors
 
 FORMAT = 1
 
@@ -33,18 +34,16 @@ class _Document(msgspec.Struct, forbid_unknown_fields=True):
     state: Any
 
 
-def write_state(folder: Path, stem: str, state: Any) -> None:
-    """Write one state as `<stem>.json` and, if it holds tensors, `<stem>.safetensors`.
+def plan_state(stem: str, state: Any) -> list[File]:
+    """Return the files of one state: `<stem>.json` and, if it holds tensors, `<stem>.safetensors` before it.
 
     Raises:
         CheckpointError: If the state holds something that cannot be written; the message has its place.
     """
     tree, tensors = encode(state, stem)
     structure, numbers = layout.state_files(stem)
-    if tensors:
-        write_safetensors(tensors, folder / numbers)
-    document = msgspec.json.encode(_Document(FORMAT, len(tensors), tree))
-    durable.write_file(folder / structure, document + b"\n")
+    document = TextFile(structure, msgspec.json.encode(_Document(FORMAT, len(tensors), tree)) + b"\n")
+    return [TensorFile(numbers, tensors), document] if tensors else [document]
 
 
 def has_state(folder: Path, stem: str) -> bool:

@@ -1,7 +1,7 @@
 """Model weights in files that every tool reads.
 
-Owns writing a state dictionary as safetensors (or, when asked, as `torch.save` files), whole or in shards with an
-index; reading it back; and what happens to tensors that share memory: one of the names is written, the others
+Owns how a state dictionary becomes safetensors files (or, when asked, files of `torch.save`), whole or in shards with
+an index; reading it back; and what happens to tensors that share memory: one of the names is written, the others
 are recorded in the file's metadata.
 """
 
@@ -13,7 +13,6 @@ from typing import IO, Any
 
 import msgspec
 import safetensors
-import safetensors.torch
 import torch
 
 from ..collectives.base import Collectives
@@ -23,9 +22,11 @@ from ..runtime.state import current_or_single
 from . import durable, layout
 from .codec import STORABLE, is_plain_tensor
 from .commit import staged
+from .files import File, PickleFile, TensorFile, TextFile
 from .trust import load, read_pickle, write_pickle
+from .writer import Writer
 
-__all__ = ["load", "load_weights", "save", "save_model", "write_weights"]
+__all__ = ["load", "load_weights", "plan_weights", "save", "save_model"]
 
 TIED_KEY = "tied"
 """In a file's metadata: JSON of names not written -> the written name they share memory with."""
@@ -60,32 +61,39 @@ def save_model(
     limit = convert_file_size_to_int(max_shard_size)
     with staged(Path(folder).expanduser(), collectives, stale=_weights_in) as staging:
         if collectives.rank == 0:
-            write_weights(state, staging / layout.model_file(0, safe_serialization), limit)
+            with Writer(staging) as writer:
+                writer.write(plan_weights(state, layout.model_file(0, safe_serialization), limit))
 
 
 def _weights_in(folder: Path) -> Iterable[str]:
     return [path.name for path in folder.iterdir() if layout.is_weights(path.name)]
 
 
-def write_weights(state: Mapping[str, torch.Tensor], file: Path, max_shard_bytes: int | None = None) -> None:
-    """Write `state` to `file`, or to shards named after it and an index if it exceeds `max_shard_bytes`."""
-    safe = file.suffix == ".safetensors"
+def plan_weights(state: Mapping[str, torch.Tensor], file: str, max_shard_bytes: int | None = None) -> list[File]:
+    """Return what to write for `state`: `file`, or shards named after it and an index if it exceeds `max_shard_bytes`.
+
+    Raises:
+        CheckpointError: If something in `state` cannot stand in a safetensors file and `file` is one.
+    """
+    safe = file.endswith(".safetensors")
     kept, tied = separate_tied(state) if safe else (dict(state), {})
     plan = plan_shards({name: _size(tensor) for name, tensor in kept.items()}, max_shard_bytes)
     weight_map: dict[str, str] = {}
+    files: list[File] = []
     for number, names in enumerate(plan, start=1):
-        shard = file.with_name(layout.shard_file(file.name, number, len(plan)))
+        shard = layout.shard_file(file, number, len(plan))
         tensors = {name: kept[name] for name in names}
         if safe:
-            write_safetensors(tensors, shard, {name: source for name, source in tied.items() if source in tensors})
+            metadata = _tied_metadata({name: source for name, source in tied.items() if source in tensors})
+            files.append(TensorFile(shard, tensors, metadata))
         else:
-            write_pickle(tensors, shard)
-            durable.flush_file(shard)
-        weight_map.update(dict.fromkeys(names, shard.name))
+            files.append(PickleFile(shard, tensors))
+        weight_map.update(dict.fromkeys(names, shard))
     if len(plan) > 1:
         content = {"metadata": {"total_size": sum(map(_size, kept.values()))}, "weight_map": weight_map}
         text = msgspec.json.format(msgspec.json.encode(content, order="deterministic"), indent=2)
-        durable.write_file(file.with_name(layout.index_file(file.name)), text + b"\n")
+        files.append(TextFile(layout.index_file(file), text + b"\n"))
+    return files
 
 
 def plan_shards(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
@@ -147,26 +155,8 @@ def _size(tensor: Any) -> int:
     return tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
 
 
-def write_safetensors(tensors: Mapping[str, torch.Tensor], file: Path, tied: Mapping[str, str] | None = None) -> None:
-    """Write one safetensors file and wait until it is on the disk."""
-    safetensors.torch.save_file(own_memory(tensors), file, metadata=_metadata(tied))
-    durable.flush_file(file)
-
-
-def _metadata(tied: Mapping[str, str] | None) -> dict[str, str]:
-    return {"format": "pt"} | ({TIED_KEY: msgspec.json.encode(dict(tied)).decode()} if tied else {})
-
-
-def own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors laid out as a file wants them; those that show memory of another one are copied."""
-    result: dict[str, torch.Tensor] = {}
-    seen: set[tuple[torch.device, int]] = set()
-    for name, tensor in tensors.items():
-        content = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        storage = (content.device, content.untyped_storage().data_ptr())
-        result[name] = content.clone() if storage in seen else content
-        seen.add(storage)
-    return result
+def _tied_metadata(tied: Mapping[str, str]) -> dict[str, str]:
+    return {TIED_KEY: msgspec.json.encode(dict(tied)).decode()} if tied else {}
 
 
 def load_weights(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
@@ -272,14 +262,8 @@ def save(
             )
         )
     kept, tied = separate_tied(obj)
-    _write_to(f, lambda target: _save_safetensors(kept, tied, target))
-
-
-def _save_safetensors(tensors: dict[str, torch.Tensor], tied: dict[str, str], target: Path | IO[bytes]) -> None:
-    if isinstance(target, Path):
-        write_safetensors(tensors, target, tied)
-    else:
-        target.write(safetensors.torch.save(own_memory(tensors), metadata=_metadata(tied)))
+    content = TensorFile("", kept, _tied_metadata(tied))
+    _write_to(f, content.write_to)
 
 
 def _write_to(f: str | Path | IO[bytes], write: Callable[[Any], None]) -> None:

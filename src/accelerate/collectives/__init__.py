@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Collectives
+from .base import Collectives, Exchange
 from .checked import CheckedCollectives
 from .single import SingleProcess
 from .torch_dist import TorchCollectives
 
-__all__ = ["CheckedCollectives", "Collectives", "SingleProcess", "TorchCollectives"]
+__all__ = ["CheckedCollectives", "Collectives", "Exchange", "SingleProcess", "TorchCollectives"]

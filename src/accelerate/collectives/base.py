@@ -7,12 +7,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 Guard = Callable[[str, Sequence[int] | None], None]
 """Raises to refuse an operation: which, and who takes part, `None` for all ranks."""
+
+
+class Exchange(Protocol):
+    """The little that ranks need to agree on something."""
+
+    rank: int
+    world_size: int
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        """Return the objects of all ranks, in order of rank. They travel pickled, among trusted ranks."""
+        ...
 
 
 class Collectives(ABC):
@@ -81,6 +92,13 @@ class Collectives(ABC):
     @abstractmethod
     def barrier(self) -> None:
         """Return once every rank has come."""
+
+    @abstractmethod
+    def second_line(self) -> Exchange:
+        """Return another way to talk between all ranks, which one other thread may use at the same time.
+
+        Called on all ranks; collective. Goes with the process group.
+        """
 
     def check(self, operation: str, data: Any, *, ranks: Sequence[int] | None = None) -> None:
         """Ask the guard, and in debug mode compare `data` over the ranks, before `operation`.

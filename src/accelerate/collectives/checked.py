@@ -12,7 +12,7 @@ import torch
 
 from ..core.errors import DistributedOperationException, explain
 from ..core.tree import tree_map
-from .base import Collectives, Guard
+from .base import Collectives, Exchange, Guard
 
 
 class CheckedCollectives(Collectives):
@@ -83,6 +83,9 @@ class CheckedCollectives(Collectives):
 
     def barrier(self) -> None:
         self.inner.barrier()
+
+    def second_line(self) -> Exchange:
+        return self.inner.second_line()
 
 
 def _describe(leaf: Any) -> Any:

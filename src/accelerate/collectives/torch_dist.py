@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from ..topology import connect
-from .base import Collectives
+from .base import Collectives, Exchange
 
 # Torch 2.13 renames the call; the old name warns there, the new one is absent before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -128,6 +128,23 @@ class TorchCollectives(Collectives):
     def barrier(self) -> None:
         self._ask("barrier")
         dist.barrier(**self._barrier_options)
+
+    def second_line(self) -> Exchange:
+        return _SecondLine()
+
+
+class _SecondLine:
+    """A group of its own between CPUs: what runs on it never meets the operations of the main thread."""
+
+    def __init__(self) -> None:
+        self._group = dist.new_group(backend="gloo", timeout=connect.group_timeout())
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        objects: list[Any] = [None] * self.world_size
+        dist.all_gather_object(objects, obj, group=self._group)
+        return objects
 
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:

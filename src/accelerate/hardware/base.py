@@ -110,6 +110,11 @@ class Hardware:
         """Return a tensor on the CPU in memory that the device reads by itself; the same if it is there already."""
         return tensor if tensor.is_pinned() else tensor.pin_memory()
 
+    def room_for(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return room on the CPU for a copy of `tensor`, into which a device of this family copies by itself."""
+        pinned = self.copies_ahead and not tensor.is_cpu
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+
     def empty_cache(self) -> None:
         """Give cached memory back to the system."""
         self._call("empty_cache")

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import commit, full, gradients, layout, legacy, manifest, train_state
+from ..checkpoint import commit, full, gradients, layout, legacy, manifest, naming, train_state
 from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
-from .save import checkpoints_folder, leads_on_disk
+from .save import Contents, checkpoints_folder, leads_on_disk
 
 LoadHook = Callable[[list[torch.nn.Module], str], None]
 
@@ -45,15 +45,10 @@ class _Choice:
 
 
 def load_state(
+    contents: Contents,
     *,
     folder: str | Path | None,
     project: ProjectConfiguration,
-    models: Sequence[torch.nn.Module],
-    optimizers: Sequence[Any],
-    schedulers: Sequence[Any],
-    dataloaders: Sequence[Any],
-    scaler: Any,
-    custom_objects: Sequence[Any],
     runtime: Runtime,
     pre_hooks: Sequence[LoadHook] = (),
     strict: bool = True,
@@ -64,14 +59,9 @@ def load_state(
     Every rank reads. Runs no code from the folder. Files of Accelerate 1.x are read too.
 
     Args:
+        contents: What to load it into, in the order of the save.
         folder: The checkpoint; None takes the newest complete one of the project, with automatic naming.
         project: Where checkpoints lie. With automatic naming its counter goes on after the loaded one.
-        models: The inner models, without wrappers, in the order of the save; as are all the following.
-        optimizers: Anything with `load_state_dict()`, as are `schedulers`, `scaler` and `custom_objects`.
-        schedulers: Learning rate schedulers.
-        dataloaders: Prepared loaders.
-        scaler: The gradient scaler, or None.
-        custom_objects: Objects registered for checkpoints.
         runtime: Ranks and devices.
         pre_hooks: Called on every rank with the models and the folder. Models that a hook takes out of the list
             are not loaded.
@@ -92,22 +82,21 @@ def load_state(
     source = Path(choice.folder)
     with commit.together(collectives, f"The checkpoint {source} was not loaded"):
         # Counted before anything is loaded by position.
-        _check_custom_objects(source, len(custom_objects))
-        given = {"models": len(models), "optimizers": len(optimizers), "schedulers": len(schedulers)}
-        given["loaders"] = len(dataloaders)
-        if pre_hooks:
-            given.pop("models")  # a hook may know of models that it loads itself
-        evaluates = _only_evaluates(source, optimizers)
+        _check_custom_objects(source, len(contents.custom_objects))
+        evaluates = _only_evaluates(source, contents.optimizers)
+        # A hook may know of models that it loads itself.
+        given = _counts(contents, with_models=not pre_hooks)
         _check_counts(source, given, strict, evaluates=evaluates, tell=collectives.rank == 0)
-        trained_on = () if evaluates else dataloaders
-        remaining = list(models)
+        trained_on = () if evaluates else contents.dataloaders
+        remaining = list(contents.models)
         for hook in pre_hooks:
             hook(remaining, str(source))
         for index, model in enumerate(remaining):
             full.load_model(model, source, index, **(load_model_kwargs or {}))
-        for index, optimizer in enumerate(optimizers):
-            full.load_optimizer(optimizer, source, index)
-        _load_shared(source, schedulers, scaler, custom_objects)
+        names = naming.parameter_names(contents.models)
+        for index, optimizer in enumerate(contents.optimizers):
+            full.load_optimizer(optimizer, source, index, names)
+        _load_shared(source, contents)
         _load_places(source, trained_on, strict)
         saved_ranks = choice.manifest.world_size if choice.manifest else None
         if saved_ranks in (None, runtime.process.world_size):
@@ -225,6 +214,16 @@ def _only_evaluates(source: Path, optimizers: Sequence[Any]) -> bool:
     return not optimizers and saved["optimizers"] > 0
 
 
+def _counts(contents: Contents, *, with_models: bool) -> dict[str, int]:
+    counted = {"models": contents.models} if with_models else {}
+    counted |= {
+        "optimizers": contents.optimizers,
+        "schedulers": contents.schedulers,
+        "loaders": contents.dataloaders,
+    }
+    return {kind: len(objects) for kind, objects in counted.items()}
+
+
 def _check_counts(source: Path, given: Mapping[str, int], strict: bool, *, evaluates: bool, tell: bool) -> None:
     """Refuse to leave saved objects behind, or say that they are."""
     saved = layout.count_saved(path.name for path in source.iterdir())
@@ -252,12 +251,12 @@ def _check_counts(source: Path, given: Mapping[str, int], strict: bool, *, evalu
         warnings.warn(f"{source} holds more than is loaded ({'; '.join(left.values())}).{places}", stacklevel=4)
 
 
-def _load_shared(source: Path, schedulers: Sequence[Any], scaler: Any, custom_objects: Sequence[Any]) -> None:
-    for index, scheduler in enumerate(schedulers):
+def _load_shared(source: Path, contents: Contents) -> None:
+    for index, scheduler in enumerate(contents.schedulers):
         scheduler.load_state_dict(train_state.read_state(source, layout.numbered(layout.SCHEDULER_NAME, index)))
-    if scaler is not None:
-        scaler.load_state_dict(train_state.read_state(source, layout.SCALER_STEM))
-    for index, custom in enumerate(custom_objects):
+    if contents.scaler is not None:
+        contents.scaler.load_state_dict(train_state.read_state(source, layout.SCALER_STEM))
+    for index, custom in enumerate(contents.custom_objects):
         custom.load_state_dict(train_state.read_state(source, layout.custom_stem(index)))
 
 

@@ -8,37 +8,75 @@ from __future__ import annotations
 
 import uuid
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import commit, full, gradients, layout, manifest, train_state
+from ..checkpoint import commit, full, gradients, layout, manifest, naming, train_state
+from ..checkpoint.background import Background, SaveHandle
+from ..checkpoint.files import File, SnapshotMemory
+from ..collectives import Exchange
 from ..core.errors import SettingError, WrongTypeError, explain
+from ..hardware import Hardware
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
 
 SaveHook = Callable[[list[torch.nn.Module], list[dict[str, torch.Tensor]], str], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What of a run is saved and loaded, each kind in the order in which it was prepared."""
+
+    models: Sequence[torch.nn.Module]
+    """The inner models, without wrappers."""
+    optimizers: Sequence[Any]
+    """Anything with `state_dict()` and `load_state_dict()`, as are `schedulers`, `scaler` and `custom_objects`."""
+    schedulers: Sequence[Any]
+    dataloaders: Sequence[Any]
+    """Prepared loaders."""
+    scaler: Any
+    """The gradient scaler, or None."""
+    custom_objects: Sequence[Any]
+    """Objects registered for checkpoints."""
+
+
+class Saving:
+    """What one run keeps between its saves."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.background = Background()
+        self.memory = SnapshotMemory(hardware)
+        self.line: Exchange | None = None
+        """How ranks talk while training goes on; made at the first save in the background."""
+
+    def release(self) -> None:
+        """Wait for a save that still runs, and give its memory back. Called on all ranks.
+
+        Raises:
+            CheckpointError: On all ranks, if that save failed.
+        """
+        self.background.wait()
+        self.memory.release()
+
+
 def save_state(
+    contents: Contents,
     *,
     folder: str | Path | None,
     project: ProjectConfiguration,
-    models: Sequence[torch.nn.Module],
-    optimizers: Sequence[Any],
-    schedulers: Sequence[Any],
-    dataloaders: Sequence[Any],
-    scaler: Any,
-    custom_objects: Sequence[Any],
     step: int,
     windows: Any = None,
     runtime: Runtime,
+    saving: Saving,
     get_model_state: Callable[[torch.nn.Module], dict[str, torch.Tensor]],
     pre_hooks: Sequence[SaveHook] = (),
     safe_serialization: bool = True,
-) -> Path:
+    blocking: bool = True,
+) -> SaveHandle:
     """Save a run, so that `load_state` can continue it. Called on all ranks; collective.
 
     Rank 0 writes what all ranks share (the first rank of each node with `save_on_each_node`), every rank its
@@ -46,58 +84,65 @@ def save_state(
     and the oldest checkpoints beyond `total_limit` go only when the new one is on the disk.
 
     Args:
+        contents: What to save.
         folder: Where to; with automatic naming the project decides, and a folder given here is ignored.
         project: Naming, limit, and the number of the save, which is raised by one.
-        models: The inner models, without wrappers.
-        optimizers: Anything with `state_dict()`, as are `schedulers`, `scaler` and `custom_objects`.
-        schedulers: Learning rate schedulers.
-        dataloaders: Prepared loaders.
-        scaler: The gradient scaler, or None.
-        custom_objects: Objects registered for checkpoints, in order.
         step: The accumulation step.
         windows: The state of windows of accumulation, where `step` is not all.
         runtime: Ranks and devices.
+        saving: What the run keeps between its saves. One that still runs is waited for.
         get_model_state: Returns the weights of a model; may be collective.
         pre_hooks: Called on every rank with the models, their weights and the folder being written. Weights that
             a hook takes out of the list are not written.
         safe_serialization: Write weights as safetensors; otherwise as `torch.save` files, which are pickles.
+        blocking: Return when the checkpoint is complete; otherwise when everything is copied, and write on.
 
     Returns:
-        The folder.
+        The save, which is done if `blocking`.
 
     Raises:
         WrongTypeError: (a `TypeError`) if there is neither a folder nor automatic naming.
         SettingError: (a `ValueError`) on all ranks, if automatic naming leads to a folder that exists.
-        CheckpointError: On all ranks, if something failed on one; what was there before is whole.
+        CheckpointError: On all ranks, if something failed on one, in this save or in the one before that ran in the
+            background; what was there before is whole.
     """
+    saving.background.wait()
     target = _choose_folder(folder, project)
-    collectives, rank = runtime.collectives, runtime.process.rank
-    leads = leads_on_disk(runtime, project)
+    collectives, leads = runtime.collectives, leads_on_disk(runtime, project)
+    automatic, world_size, iteration = (
+        project.automatic_checkpoint_naming,
+        runtime.process.world_size,
+        project.iteration,
+    )
     save_id = collectives.broadcast_object(uuid.uuid4().hex)
+    staging = commit.Staging(target, collectives, leads=leads, fresh=automatic, stale=manifest.files_of)
 
-    def finish(staging: Path) -> None:
-        world_size, iteration = runtime.process.world_size, project.iteration
-        manifest.write(staging, save_id=save_id, world_size=world_size, step=step, iteration=iteration)
-
-    automatic = project.automatic_checkpoint_naming
-    with commit.staged(
-        target, collectives, leads=leads, fresh=automatic, stale=manifest.files_of, finish=finish
-    ) as staging:
-        weights = [get_model_state(model) for model in models]
+    def take() -> list[File]:
+        weights = [get_model_state(model) for model in contents.models]
         for hook in pre_hooks:
-            hook(list(models), weights, str(staging))
-        if leads:
-            for index, state in enumerate(weights):
-                full.save_model(state, staging, index, safe_serialization)
-            for index, optimizer in enumerate(optimizers):
-                full.save_optimizer(optimizer, staging, index)
-            _save_shared(staging, schedulers, dataloaders, scaler, custom_objects)
-        _save_own(staging, rank, dataloaders, runtime)
-        gradients.write_windows(staging, rank, windows)
+            hook(list(contents.models), weights, str(staging.folder))
+        files = _plan_shared(contents, weights, safe_serialization) if leads else []
+        files += _plan_own(contents, windows, runtime)
+        return files if blocking else saving.memory.snapshot(files)
+
+    def finish(staged: Path, written: Mapping[str, manifest.FileEntry]) -> None:
+        manifest.write(staged, written, save_id=save_id, world_size=world_size, step=step, iteration=iteration)
+
+    def complete(exchange: Exchange, files: Callable[[], list[File]]) -> None:
+        staging.complete(exchange, files, finish)
+        if automatic and leads:
+            _rotate(target, project.total_limit)
+
+    if blocking:
+        complete(collectives, take)
+        handle = SaveHandle(target)
+    else:
+        with staging.kept_if_all_succeed(collectives):
+            files = take()
+        line = saving.line = saving.line or collectives.second_line()
+        handle = saving.background.start(target, lambda: complete(line, lambda: files))
     project.iteration += 1
-    if automatic and leads:
-        _rotate(target, project.total_limit)
-    return target
+    return handle
 
 
 def leads_on_disk(runtime: Runtime, project: ProjectConfiguration) -> bool:
@@ -134,27 +179,36 @@ def _choose_folder(folder: str | Path | None, project: ProjectConfiguration) -> 
     return Path(folder).expanduser()
 
 
-def _save_shared(
-    staging: Path, schedulers: Sequence[Any], dataloaders: Sequence[Any], scaler: Any, custom_objects: Sequence[Any]
-) -> None:
-    for index, scheduler in enumerate(schedulers):
-        train_state.write_state(staging, layout.numbered(layout.SCHEDULER_NAME, index), scheduler.state_dict())
-    for index, loader in enumerate(dataloaders):
-        stem = layout.numbered(layout.SAMPLER_NAME, index)
+def _plan_shared(
+    contents: Contents, weights: Sequence[Mapping[str, torch.Tensor]], safe_serialization: bool
+) -> list[File]:
+    files: list[File] = []
+    for index, state in enumerate(weights):
+        files += full.plan_model(state, index, safe_serialization)
+    names = naming.parameter_names(contents.models)
+    for index, optimizer in enumerate(contents.optimizers):
+        files += full.plan_optimizer(optimizer, index, names)
+    for index, scheduler in enumerate(contents.schedulers):
+        files += train_state.plan_state(layout.numbered(layout.SCHEDULER_NAME, index), scheduler.state_dict())
+    for index, loader in enumerate(contents.dataloaders):
         if hasattr(loader, "position_state"):  # clients may list loaders that were never prepared
-            train_state.write_state(staging, stem, loader.position_state())
-    if scaler is not None:
-        train_state.write_state(staging, layout.SCALER_STEM, scaler.state_dict())
-    for index, custom in enumerate(custom_objects):
-        train_state.write_state(staging, layout.custom_stem(index), custom.state_dict())
+            files += train_state.plan_state(layout.numbered(layout.SAMPLER_NAME, index), loader.position_state())
+    if contents.scaler is not None:
+        files += train_state.plan_state(layout.SCALER_STEM, contents.scaler.state_dict())
+    for index, custom in enumerate(contents.custom_objects):
+        files += train_state.plan_state(layout.custom_stem(index), custom.state_dict())
+    return files
 
 
-def _save_own(staging: Path, rank: int, dataloaders: Sequence[Any], runtime: Runtime) -> None:
-    for index, loader in enumerate(dataloaders):
+def _plan_own(contents: Contents, windows: Any, runtime: Runtime) -> list[File]:
+    rank = runtime.process.rank
+    files: list[File] = []
+    for index, loader in enumerate(contents.dataloaders):
         own = loader.own_state() if hasattr(loader, "own_state") else None
         if own is not None:
-            train_state.write_state(staging, layout.loader_stem(index, rank), own)
-    train_state.write_state(staging, layout.rng_stem(rank), train_state.random_state(runtime.hardware))
+            files += train_state.plan_state(layout.loader_stem(index, rank), own)
+    files += train_state.plan_state(layout.rng_stem(rank), train_state.random_state(runtime.hardware))
+    return files + gradients.plan_windows(rank, windows)
 
 
 def _rotate(target: Path, total_limit: int | None) -> None:

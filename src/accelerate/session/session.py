@@ -24,6 +24,7 @@ from ..stepping.accumulate import Windows
 from ..stepping.optimizer import AcceleratedOptimizer
 from ..stepping.scaling import LossScaling
 from ..stepping.schedule import length_of_loader
+from .save import Contents, Saving
 
 
 class Session:
@@ -42,6 +43,7 @@ class Session:
         self.custom_objects: list[Any] = []
         self.save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self.load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        self.saving = Saving(plan.runtime.hardware)
         self.uneven: tuple[Any, ...] = ()
         """Those of the loaders whose ranks may end at different times."""
         self.joining = 0
@@ -110,6 +112,18 @@ class Session:
         for slot in (*job.models, *job.optimizers, *job.schedulers, *job.loaders):
             slot.result._is_accelerate_prepared = True
 
+    @property
+    def contents(self) -> Contents:
+        """What checkpoints of this run hold."""
+        return Contents(
+            models=self.models,
+            optimizers=self.optimizers,
+            schedulers=self.schedulers,
+            dataloaders=self.dataloaders,
+            scaler=self.plan.precision.scaler,
+            custom_objects=self.custom_objects,
+        )
+
     def forget(self) -> None:
         """Drop everything that was prepared."""
         for kept in (
@@ -122,6 +136,7 @@ class Session:
             kept.clear()
         self.uneven = ()
         self.windows.forget()
+        self.saving.release()
 
     def _no_sync(self, models: tuple[Any, ...]) -> AbstractContextManager[Any]:
         self.check_is_prepared(models, "accumulate")

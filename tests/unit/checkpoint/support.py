@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from accelerate.checkpoint.background import SaveHandle
+from accelerate.checkpoint.files import File
 from accelerate.runtime.state import Runtime, current_or_single
 from accelerate.session.load import Loaded, load_state
-from accelerate.session.save import save_state
+from accelerate.session.save import Contents, Saving, save_state
 from accelerate.settings.options.project import ProjectConfiguration
 
 
@@ -44,6 +47,7 @@ class Run:
     def __init__(self, folder: Path | None = None, runtime: Runtime | None = None, **project: Any):
         self.runtime = runtime or current_or_single()
         self.project = ProjectConfiguration(project_dir=str(folder) if folder else None, **project)
+        self.saving = Saving(self.runtime.hardware)
         self.objects: dict[str, Any] = {
             "models": [],
             "optimizers": [],
@@ -58,13 +62,22 @@ class Run:
         return self
 
     def save(self, folder: Any = None, step: int = 0, **options: Any) -> Path:
+        return self.begin_save(folder, step, **options).wait()
+
+    def begin_save(self, folder: Any = None, step: int = 0, **options: Any) -> SaveHandle:
         options = {"get_model_state": lambda model: model.state_dict(), "pre_hooks": (), **options}
-        return save_state(
-            folder=folder, project=self.project, step=step, runtime=self.runtime, **self.objects, **options
-        )
+        common: dict[str, Any] = {"project": self.project, "runtime": self.runtime, "saving": self.saving}
+        return save_state(Contents(**self.objects), folder=folder, step=step, **common, **options)
 
     def load(self, folder: Any = None, **options: Any) -> Loaded:
-        return load_state(folder=folder, project=self.project, runtime=self.runtime, **self.objects, **options)
+        contents = Contents(**self.objects)
+        return load_state(contents, folder=folder, project=self.project, runtime=self.runtime, **options)
+
+
+def write(folder: Path, files: Iterable[File]) -> None:
+    """Write planned files."""
+    for file in files:
+        file.write(folder)
 
 
 def same_bits(left: Any, right: Any) -> bool:

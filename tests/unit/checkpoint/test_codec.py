@@ -16,11 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from accelerate.checkpoint.codec import decode, encode
-from accelerate.checkpoint.train_state import read_state, write_state
-from accelerate.checkpoint.weights import write_safetensors
+from accelerate.checkpoint.files import TensorFile
+from accelerate.checkpoint.train_state import plan_state, read_state
 from accelerate.core.errors import CheckpointError
 
-from .support import same_bits
+from .support import same_bits, write
 
 
 def through_json(state: Any) -> Any:
@@ -94,7 +94,7 @@ def test_tensors_of_every_dtype(dtype: torch.dtype, shape: tuple[int, ...], tmp_
     if dtype is torch.bool:
         content %= 2
     state = {"x": content.view(dtype).reshape(shape)}
-    write_state(tmp_path, "s", state)
+    write(tmp_path, plan_state("s", state))
     assert same_bits(read_state(tmp_path, "s"), state)
 
 
@@ -136,7 +136,7 @@ def test_views_and_parameters(tmp_path: Any) -> None:
         "p": torch.nn.Parameter(torch.ones(2), requires_grad=False),
         "grad": torch.ones(2, requires_grad=True),
     }
-    write_state(tmp_path, "s", state)
+    write(tmp_path, plan_state("s", state))
     found = read_state(tmp_path, "s")
     assert same_bits(found, state)
     assert found["image"].stride() == image.stride()
@@ -148,7 +148,7 @@ def test_views_and_parameters(tmp_path: Any) -> None:
 def test_names_that_look_alike_stay_apart(tmp_path: Any) -> None:
     state = {"a.b": torch.ones(1), "a": {"b": torch.zeros(1), 0: torch.ones(2), "0": torch.zeros(2)}}
     state |= {"__metadata__": torch.ones(3), "\ud800": torch.zeros(3), "tensor #3": torch.ones(4)}
-    write_state(tmp_path, "s", state)
+    write(tmp_path, plan_state("s", state))
     assert same_bits(read_state(tmp_path, "s"), state)
 
 
@@ -223,6 +223,6 @@ def test_tensors_are_not_copied_by_encoding() -> None:
 def test_a_deep_file_is_an_error(tmp_path: Any) -> None:
     depth = 100_000
     (tmp_path / "s.json").write_text('{"format":1,"num_tensors":0,"state":' + "[" * depth + "]" * depth + "}")
-    write_safetensors({"x": torch.zeros(1)}, tmp_path / "s.safetensors")
+    TensorFile("s.safetensors", {"x": torch.zeros(1)}).write(tmp_path)
     with pytest.raises(CheckpointError, match="damaged"):
         read_state(tmp_path, "s")

@@ -78,7 +78,7 @@ def test_a_failure_before_the_rename_leaves_what_was_there(tmp_path: Path) -> No
     final = tmp_path / "out"
     write(final, {"a": "old"})
 
-    def finish(_: Path) -> None:
+    def finish(_: Path, __: object) -> None:
         raise OSError("no space for the manifest")
 
     with pytest.raises(CheckpointError, match="no space for the manifest"):
@@ -99,8 +99,7 @@ def test_a_folder_in_the_way_is_seen_before_anything_changes(tmp_path: Path) -> 
 def test_a_fresh_destination_must_not_exist(tmp_path: Path) -> None:
     (tmp_path / "checkpoint_0").mkdir()
     with pytest.raises(SettingError, match="exists already"):
-        with commit.staged(tmp_path / "checkpoint_0", ONE, fresh=True):
-            raise AssertionError("must not be entered")
+        commit.Staging(tmp_path / "checkpoint_0", ONE, fresh=True)
 
 
 def test_a_file_is_no_destination(tmp_path: Path) -> None:

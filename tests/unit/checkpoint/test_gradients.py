@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from accelerate.checkpoint import layout
-from accelerate.checkpoint.gradients import hand_over, read_windows, write_windows
+from accelerate.checkpoint.gradients import hand_over, plan_windows, read_windows
+
+from .support import write
 
 
 def window(measure="batches", reference=4, own=0, **gradients):
@@ -21,7 +23,7 @@ def window(measure="batches", reference=4, own=0, **gradients):
 
 
 def test_nothing_is_written_where_nothing_is_open(tmp_path):
-    write_windows(tmp_path, 0, None)
+    write(tmp_path, plan_windows(0, None))
     assert list(tmp_path.iterdir()) == []
     assert read_windows(tmp_path, 0, 1, 1) is None
     assert read_windows(tmp_path, 0, 2, 1) is None
@@ -30,7 +32,7 @@ def test_nothing_is_written_where_nothing_is_open(tmp_path):
 
 def test_each_rank_reads_its_own(tmp_path):
     for rank in range(2):
-        write_windows(tmp_path, rank, [window(weight=[float(rank)])])
+        write(tmp_path, plan_windows(rank, [window(weight=[float(rank)])]))
     for rank in range(2):
         (found,) = read_windows(tmp_path, rank, 2, 2)
         assert found["gradients"]["model 0"]["weight"].tolist() == [float(rank)]
@@ -39,7 +41,7 @@ def test_each_rank_reads_its_own(tmp_path):
 
 
 def test_a_part_of_the_ranks_is_not_enough(tmp_path):
-    write_windows(tmp_path, 0, [window(weight=[1.0])])
+    write(tmp_path, plan_windows(0, [window(weight=[1.0])]))
     for rank, world_size in ((1, 2), (0, 1), (2, 3)):
         with pytest.raises(layout.MissingFile, match="the gradients of rank 1 are not there"):
             read_windows(tmp_path, rank, world_size, 2)

@@ -12,10 +12,11 @@ import safetensors
 import torch
 
 from accelerate.checkpoint import full, layout, weights
+from accelerate.checkpoint.files import TensorFile
 from accelerate.collectives.single import SingleProcess
 from accelerate.core.errors import CheckpointError, SettingError, WrongTypeError
 
-from .support import Tied, same_bits
+from .support import Tied, same_bits, write
 
 ONE = SingleProcess()
 
@@ -26,6 +27,10 @@ def three_layers() -> torch.nn.Sequential:
 
 def in_order(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return dict(sorted(state.items()))
+
+
+def save(state: dict[str, Any], folder: Path, safe: bool = True) -> None:
+    write(folder, full.plan_model(state, 0, safe))
 
 
 def names(folder: Path) -> list[str]:
@@ -78,7 +83,7 @@ def test_a_wrong_size_is_refused(tmp_path: Path) -> None:
 
 def test_tied_names_are_written_once(tmp_path: Path) -> None:
     model = Tied()
-    full.save_model(model.state_dict(), tmp_path, 0)
+    save(model.state_dict(), tmp_path)
     with safetensors.safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["a.weight", "buf"]
         assert json.loads(file.metadata()["tied"]) == {"b.weight": "a.weight"}
@@ -98,7 +103,7 @@ def test_tied_names_that_another_writer_dropped(tmp_path: Path) -> None:
 
 
 def test_keys_are_strict_unless_told(tmp_path: Path) -> None:
-    full.save_model({"a.weight": torch.ones(3, 3), "more": torch.ones(1)}, tmp_path, 0)
+    save({"a.weight": torch.ones(3, 3), "more": torch.ones(1)}, tmp_path)
     with pytest.raises(RuntimeError, match="more"):
         full.load_model(Tied(), tmp_path, 0)
     model = Tied()
@@ -109,7 +114,7 @@ def test_keys_are_strict_unless_told(tmp_path: Path) -> None:
 def test_views_of_one_memory_are_all_written(tmp_path: Path) -> None:
     base = torch.arange(6.0)
     state = {"all": base, "head": base[:2], "tail": base[2:], "turned": base.view(2, 3).t(), "again": base[:2]}
-    full.save_model(state, tmp_path, 0)
+    save(state, tmp_path)
     assert same_bits(in_order(weights.load_weights(tmp_path)), in_order(state))
 
 
@@ -120,12 +125,12 @@ def test_views_of_one_memory_are_all_written(tmp_path: Path) -> None:
 )
 def test_what_safetensors_cannot_hold_is_named(tmp_path: Path, value: Any) -> None:
     with pytest.raises(CheckpointError, match=r"'x\.y'"):
-        full.save_model({"x.y": value}, tmp_path, 0)
+        save({"x.y": value}, tmp_path)
 
 
 def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
-    full.save_model({"x": torch.ones(1)}, tmp_path, 0)
-    full.save_model({"x": torch.zeros(1)}, tmp_path, 0, safe_serialization=False)
+    save({"x": torch.ones(1)}, tmp_path)
+    save({"x": torch.zeros(1)}, tmp_path, safe=False)
     assert weights.load_weights(tmp_path)["x"] == 1
     (tmp_path / "model.safetensors").unlink()
     assert weights.load_weights(tmp_path)["x"] == 0
@@ -141,7 +146,7 @@ def test_no_weights_is_also_a_file_not_found(tmp_path: Path) -> None:
 def test_an_index_stays_in_its_folder(tmp_path: Path, shard: str) -> None:
     folder = tmp_path / "m"
     folder.mkdir()
-    weights.write_safetensors({"x": torch.ones(1)}, tmp_path / "secret.safetensors")
+    TensorFile("secret.safetensors", {"x": torch.ones(1)}).write(tmp_path)
     (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
     (folder / layout.SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps({"weight_map": {"x": shard}}))
     expected = "not there" if shard == "absent" else "outside its folder"
@@ -157,7 +162,7 @@ def test_a_damaged_index_is_an_error(tmp_path: Path, text: str) -> None:
 
 
 def test_an_index_that_promises_more_than_its_shards(tmp_path: Path) -> None:
-    weights.write_safetensors({"x": torch.ones(1)}, tmp_path / "s.safetensors")
+    TensorFile("s.safetensors", {"x": torch.ones(1)}).write(tmp_path)
     text = json.dumps({"weight_map": {"x": "s.safetensors", "y": "s.safetensors"}})
     (tmp_path / layout.SAFE_WEIGHTS_INDEX_NAME).write_text(text)
     with pytest.raises(CheckpointError, match="y"):
@@ -165,7 +170,7 @@ def test_an_index_that_promises_more_than_its_shards(tmp_path: Path) -> None:
 
 
 def test_a_truncated_file_is_an_error(tmp_path: Path) -> None:
-    full.save_model({"x": torch.ones(100)}, tmp_path, 0)
+    save({"x": torch.ones(100)}, tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
     with pytest.raises(CheckpointError, match="damaged"):

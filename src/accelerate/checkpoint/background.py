@@ -1,0 +1,88 @@
+"""Saves that go on while training does.
+
+Owns the one thread that writes in the background, and how its failure reaches the script: whoever waits for the save
+hears of it, and so does the next call that has to do with checkpoints.
+
+[Note: the thread] It is no daemon: an interpreter that ends waits for it, so a script that ends without a word still
+has its last checkpoint. It talks to the other ranks on a line of its own, and touches only copies.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+_log = logging.getLogger(__name__)
+
+
+class SaveHandle(os.PathLike[str]):
+    """A save that may still be going on. Stands for its folder wherever a path is wanted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        """Where the checkpoint appears, whole, when the save is done."""
+        self._failure: BaseException | None = None
+        self._is_told = False
+        self._thread: threading.Thread | None = None
+
+    def done(self) -> bool:
+        """Tell whether the save has ended, well or not. Called on any rank."""
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> Path:
+        """Return the folder when the checkpoint is complete. Called on any rank; blocks until all have written.
+
+        Raises:
+            CheckpointError: If it failed on any rank; what was there before is whole. All ranks hear of it.
+        """
+        if self._thread is not None:
+            self._thread.join()
+        self._is_told = True
+        if self._failure is not None:
+            raise self._failure
+        return self.folder
+
+    def __fspath__(self) -> str:
+        return str(self.folder)
+
+    def __repr__(self) -> str:
+        state = "running" if not self.done() else "failed" if self._failure else "complete"
+        return f"{type(self).__name__}({str(self.folder)!r}, {state})"
+
+
+class Background:
+    """At most one save at a time that runs beside the training."""
+
+    def __init__(self) -> None:
+        self._last: SaveHandle | None = None
+
+    def start(self, folder: Path, save: Callable[[], None]) -> SaveHandle:
+        """Run `save` in a thread. The save before it must have been waited for."""
+        handle = SaveHandle(folder)
+
+        def run() -> None:
+            try:
+                save()
+            except BaseException as error:  # noqa: BLE001 - raised where somebody waits
+                handle._failure = error
+                _log.error("A save in the background failed; the next checkpoint call raises this. %s", error)
+
+        handle._thread = threading.Thread(target=run, name="accelerate-save")
+        handle._thread.start()
+        self._last = handle
+        return handle
+
+    def wait(self) -> None:
+        """Wait for the last save, and raise its failure unless somebody has heard of it."""
+        last, self._last = self._last, None
+        if last is None:
+            return
+        was_told = last._is_told
+        try:
+            last.wait()
+        except Exception:
+            if not was_told:
+                raise

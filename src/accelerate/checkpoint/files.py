@@ -1,0 +1,137 @@
+"""Files of a checkpoint that are still to be written.
+
+Owns the three kinds there are, how each is written, and their copies in memory: what a save in the background writes
+while training changes the originals. Nothing here knows what the files mean.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import safetensors.torch
+import torch
+
+from ..hardware import Hardware
+from .trust import write_pickle
+
+
+class File(ABC):
+    """A name inside the checkpoint, and what shall stand there."""
+
+    name: str
+
+    @abstractmethod
+    def write(self, folder: Path) -> None:
+        """Write the file. What is written need not be on the disk when this returns."""
+
+    @abstractmethod
+    def with_tensors(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> File:
+        """Return the file with other tensors, each made from its name and the one that is there."""
+
+
+@dataclass(frozen=True)
+class TextFile(File):
+    """A small file whose bytes are there already."""
+
+    name: str
+    content: bytes
+
+    def write(self, folder: Path) -> None:
+        (folder / self.name).write_bytes(self.content)
+
+    def with_tensors(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> TextFile:
+        return self
+
+
+@dataclass(frozen=True)
+class TensorFile(File):
+    """A safetensors file."""
+
+    name: str
+    tensors: Mapping[str, torch.Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        self.write_to(folder / self.name)
+
+    def write_to(self, target: Path | IO[bytes]) -> None:
+        """Write the content to a path, or into a stream."""
+        tensors, metadata = own_memory(self.tensors), {"format": "pt", **self.metadata}
+        if isinstance(target, Path):
+            safetensors.torch.save_file(tensors, target, metadata=metadata)
+        else:
+            target.write(safetensors.torch.save(tensors, metadata=metadata))
+
+    def with_tensors(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> TensorFile:
+        return replace(self, tensors={name: change(name, tensor) for name, tensor in self.tensors.items()})
+
+
+@dataclass(frozen=True)
+class PickleFile(File):
+    """Weights as `torch.save` writes them, for callers who asked for that."""
+
+    name: str
+    state: Mapping[str, Any]
+
+    def write(self, folder: Path) -> None:
+        write_pickle(dict(self.state), folder / self.name)
+
+    def with_tensors(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> PickleFile:
+        state = {
+            name: change(name, value) if isinstance(value, torch.Tensor) else copy.deepcopy(value)
+            for name, value in self.state.items()
+        }
+        return replace(self, state=state)
+
+
+def own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the tensors laid out as a file wants them; those that show memory of another one are copied."""
+    result: dict[str, torch.Tensor] = {}
+    seen: set[tuple[torch.device, int]] = set()
+    for name, tensor in tensors.items():
+        content = tensor.detach().resolve_conj().resolve_neg().contiguous()
+        storage = (content.device, content.untyped_storage().data_ptr())
+        result[name] = content.clone() if storage in seen else content
+        seen.add(storage)
+    return result
+
+
+class SnapshotMemory:
+    """Room on the CPU for copies of tensors, kept from one save to the next.
+
+    To touch new memory for the first time costs several times more than to copy into it; only the first snapshot
+    pays for that.
+    """
+
+    def __init__(self, hardware: Hardware) -> None:
+        self._hardware = hardware
+        self._rooms: dict[tuple[str, str], torch.Tensor] = {}
+
+    def snapshot(self, files: Iterable[File]) -> list[File]:
+        """Return the files with copies of their tensors; the originals may change when this returns.
+
+        The copies that an earlier snapshot made are overwritten: theirs must have been written before.
+        """
+        before, self._rooms = self._rooms, {}
+
+        def copy_of(file: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
+            content = tensor.detach()
+            room = before.get((file, name))
+            if room is None or room.shape != content.shape or room.dtype != content.dtype:
+                room = self._hardware.room_for(content)
+            self._rooms[file, name] = room
+            return room.copy_(content, non_blocking=True)
+
+        copies = [file.with_tensors(partial(copy_of, file.name)) for file in files]
+        self._hardware.synchronize()  # once for all: they were queued one behind the other
+        return copies
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._rooms.clear()
