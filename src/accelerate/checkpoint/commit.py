@@ -397,7 +397,13 @@ def _describe(error: BaseException) -> str:
 def _agree(exchange: Exchange, failure: Exception | None, problem: str, remedy: str, news: Any = None) -> list[Any]:
     """Return what each rank brings as `news` if none has failed; otherwise raise on all ranks. Collective."""
     own = _Report(exchange.rank, False, "", failure=_describe(failure) if failure else None, news=news)
-    reports = exchange.all_gather_object(own)
+    try:
+        reports = exchange.all_gather_object(own)
+    except RuntimeError as error:  # what torch raises when a connection breaks
+        reason = _describe(failure or error).splitlines()[0]
+        raise CheckpointError(
+            explain(f"{problem}: rank {exchange.rank} cannot reach another rank any more ({reason}).", remedy=remedy)
+        ) from (failure or error)
     if failure is not None and exchange.world_size == 1 and isinstance(failure, AccelerateError):
         raise failure
     _raise_failures(reports, problem, remedy, failure)

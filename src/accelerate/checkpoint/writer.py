@@ -1,50 +1,66 @@
 """Writing files so that the disk is never waited for alone.
 
-Owns the overlap: while a file is written, those before it are flushed and hashed by other threads, which costs
-nothing but time of the disk and of a second core.
+Owns the overlap: while a file is written, other threads flush those before it to the disk and hash them. That costs
+time of the disk and of another core, and hardly any of the writer's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
+from typing import Self
 
 from . import durable
 from .files import File
 from .manifest import FileEntry, describe
 
-_THREADS = 4  # two files at a time: one flushed and hashed, as is the next
+_THREADS = 2  # one waits for the disk while the other one hashes
 
 
-class Writer(AbstractContextManager["Writer"]):
+class Writer:
     """Writes files into one folder; when its block ends without an error, their content is on the disk."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.entries: dict[str, FileEntry] = {}
         """What was written, once the block has ended."""
-        self._pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="accelerate-save")
-        self._flushed: list[Future[None]] = []
-        self._described: dict[str, Future[FileEntry]] = {}
+        self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        # An executor would refuse to work for a save that goes on while the interpreter waits to end.
+        self._threads = [threading.Thread(target=self._work, name="accelerate-flush") for _ in range(_THREADS)]
+        self._failure: BaseException | None = None
+
+    def __enter__(self) -> Self:
+        for thread in self._threads:
+            thread.start()
+        return self
 
     def write(self, files: Iterable[File]) -> None:
         """Write files, each under its name."""
         for file in files:
-            path = self.folder / file.name
             file.write(self.folder)
-            self._flushed.append(self._pool.submit(durable.flush_file, path))
-            self._described[file.name] = self._pool.submit(describe, path)
+            self._tasks.put(partial(durable.flush_file, self.folder / file.name))
+            self._tasks.put(partial(self._describe, file.name))
+
+    def _describe(self, name: str) -> None:
+        self.entries[name] = describe(self.folder / name)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            try:
+                task()
+            except BaseException as error:  # noqa: BLE001 - raised at the end of the block
+                self._failure = self._failure or error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if error is None:
-                for flushed in self._flushed:
-                    flushed.result()
-                self.entries = {name: described.result() for name, described in self._described.items()}
-        finally:
-            self._pool.shutdown(cancel_futures=True)
+        for _ in self._threads:
+            self._tasks.put(None)
+        for thread in self._threads:
+            thread.join()
+        if error is None and self._failure is not None:
+            raise self._failure

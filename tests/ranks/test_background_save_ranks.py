@@ -1,0 +1,138 @@
+"""Saves in the background on several ranks, which train and talk meanwhile."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accelerate import Accelerator
+from accelerate.checkpoint import durable, layout
+from accelerate.core.errors import CheckpointError
+from tests.support.ranks import run_on_ranks
+
+
+def begin() -> tuple[Accelerator, torch.nn.Module]:
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 4)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    return accelerator, model
+
+
+def hold_flushes(action: Callable[[Path], None] = lambda _: None) -> threading.Event:
+    """Let no file reach the disk until the event is set; `action` is called before each does."""
+    opened, real = threading.Event(), durable.flush_file
+
+    def flush(file: Path) -> None:
+        assert opened.wait(30)
+        action(file)
+        real(file)
+
+    durable.flush_file = flush
+    return opened
+
+
+def weight(accelerator: Accelerator) -> torch.nn.Parameter:
+    return accelerator._models[0].weight
+
+
+def _train_meanwhile(folder: Path) -> Any:
+    accelerator, model = begin()
+    torch.nn.init.constant_(weight(accelerator), 1.0)
+    opened = hold_flushes()
+    handle = accelerator.save_state(folder, blocking=False)
+    for _ in range(20):
+        accelerator.backward(model(torch.ones(1, 4)).sum())
+    total = accelerator.reduce(torch.tensor([float(accelerator.process_index)]))
+    torch.nn.init.constant_(weight(accelerator), 2.0)
+    was_done = handle.done()
+    opened.set()
+    handle.wait()
+    accelerator.load_state(folder)
+    return total.item(), was_done, weight(accelerator).unique().tolist()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_training_goes_on_with_all_its_collectives(ranks: int, tmp_path: Path) -> None:
+    total = float(sum(range(ranks)))
+    assert run_on_ranks(_train_meanwhile, ranks, tmp_path / "c") == [(total, False, [1.0])] * ranks
+
+
+def _fail_on_rank_one(folder: Path, surface: str) -> Any:
+    accelerator, _ = begin()
+    accelerator.save_state(folder)
+    rank = accelerator.process_index
+
+    def fail(file: Path) -> None:
+        if rank == 1 and file.name.startswith(layout.RNG_STATE_NAME):
+            raise OSError(28, "No space left on device")
+
+    opened = hold_flushes(fail)
+    torch.nn.init.constant_(weight(accelerator), 2.0)
+    before = weight(accelerator).clone()
+    handle = accelerator.save_state(folder, blocking=False)
+    opened.set()
+    heard = {
+        "wait": handle.wait,
+        "save": lambda: accelerator.save_state(folder),
+        "load": lambda: accelerator.load_state(folder),
+        "end": accelerator.end_training,
+    }[surface]
+    started = time.monotonic()
+    with pytest.raises(CheckpointError, match=r"rank 1: OSError: \[Errno 28\]"):
+        heard()
+    assert time.monotonic() - started < 10
+    return torch.equal(weight(accelerator), before)
+
+
+@pytest.mark.parametrize("surface", ["wait", "save", "load", "end"])
+def test_a_failure_on_one_rank_reaches_all_of_them(surface: str, tmp_path: Path) -> None:
+    assert run_on_ranks(_fail_on_rank_one, 2, tmp_path / "c", surface) == [True, True]
+    assert run_on_ranks(_first_weight, 1, tmp_path / "c") != [2.0]
+
+
+def _first_weight(folder: Path) -> float:
+    accelerator, _ = begin()
+    accelerator.load_state(folder)
+    return weight(accelerator).flatten()[0].item()
+
+
+def _cannot_be_copied_on_rank_one(folder: Path) -> Any:
+    accelerator, _ = begin()
+    if accelerator.process_index == 1:
+        accelerator.register_save_state_pre_hook(_refuse)
+    with pytest.raises(Exception) as caught:
+        accelerator.save_state(folder, blocking=False)
+    return type(caught.value).__name__, folder.exists()
+
+
+def _refuse(*_: Any) -> None:
+    raise KeyError("mine")
+
+
+def test_what_one_rank_cannot_copy_is_an_error_of_the_call_on_all(tmp_path: Path) -> None:
+    outcomes = run_on_ranks(_cannot_be_copied_on_rank_one, 2, tmp_path / "c")
+    assert outcomes == [("CheckpointError", False), ("KeyError", False)]
+
+
+def _die(folder: Path) -> Any:
+    accelerator, _ = begin()
+    accelerator.save_state(folder)
+    opened = hold_flushes((lambda _: os._exit(17)) if accelerator.process_index == 1 else lambda _: None)
+    handle = accelerator.save_state(folder, blocking=False)
+    opened.set()
+    with pytest.raises(CheckpointError, match="rank 0 cannot reach another rank any more"):
+        handle.wait()
+    return None
+
+
+def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="rank 1 died with exit code 17"):
+        run_on_ranks(_die, 2, tmp_path / "c", timeout=20)

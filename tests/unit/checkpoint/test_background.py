@@ -1,0 +1,187 @@
+"""A save that goes on while training does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from accelerate import Accelerator
+from accelerate.checkpoint import durable
+from accelerate.checkpoint.background import SaveHandle
+from accelerate.core.errors import CheckpointError
+
+from .support import Counter, Run
+
+
+class Gate:
+    """Holds every flush to the disk until it is opened; then lets it pass, or fail."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+        self.failure: Exception | None = None
+        self._flush = durable.flush_file
+        monkeypatch.setattr(durable, "flush_file", self._pass)
+
+    def _pass(self, file: Path) -> None:
+        self.reached.set()
+        assert self.opened.wait(30)
+        if self.failure is not None:
+            raise self.failure
+        self._flush(file)
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+def trained() -> Run:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    return Run().having(models=[model], optimizers=[optimizer], custom_objects=[Counter([1])])
+
+
+def change(run: Run, value: float) -> None:
+    """Change everything in place, as a step does."""
+    model, optimizer = run.objects["models"][0], run.objects["optimizers"][0]
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(state["exp_avg"] for state in optimizer.state.values())):
+            tensor.fill_(value)
+    run.objects["custom_objects"][0].value[0] = value
+
+
+def values(run: Run) -> set[Any]:
+    model, optimizer = run.objects["models"][0], run.objects["optimizers"][0]
+    numbers = [*model.parameters(), *(state["exp_avg"] for state in optimizer.state.values())]
+    return {
+        *torch.cat([number.detach().flatten() for number in numbers]).tolist(),
+        run.objects["custom_objects"][0].value[0],
+    }
+
+
+def test_what_changes_after_the_call_is_not_in_the_checkpoint(tmp_path: Path, gate: Gate) -> None:
+    run = trained()
+    change(run, 1.0)
+    handle = run.begin_save(tmp_path / "c", blocking=False)
+    assert gate.reached.wait(30)
+    change(run, 2.0)
+    assert not handle.done()
+    assert not (tmp_path / "c").exists()
+    gate.opened.set()
+
+    assert handle.wait() == tmp_path / "c"
+    assert handle.done()
+    run.load(tmp_path / "c")
+    assert values(run) == {1.0}
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_weights_in_either_format_are_copied(tmp_path: Path, gate: Gate, safe: bool) -> None:
+    run = trained()
+    change(run, 1.0)
+    handle = run.begin_save(tmp_path / "c", blocking=False, safe_serialization=safe)
+    change(run, 2.0)
+    gate.opened.set()
+    handle.wait()
+    run.load(tmp_path / "c")
+    assert values(run) == {1.0}
+
+
+def test_one_save_at_a_time(tmp_path: Path, gate: Gate) -> None:
+    run = trained()
+    first = run.begin_save(tmp_path / "a", blocking=False)
+    threading.Timer(0.2, gate.opened.set).start()
+    second = run.begin_save(tmp_path / "b", blocking=False)
+    assert first.done()
+    assert (tmp_path / "a").is_dir()
+    second.wait()
+
+
+def test_the_memory_for_copies_is_used_again(tmp_path: Path) -> None:
+    run = trained()
+
+    def room() -> set[int]:
+        return {tensor.data_ptr() for tensor in run.saving.memory._rooms.values()}
+
+    run.begin_save(tmp_path / "a", blocking=False).wait()
+    before = room()
+    run.begin_save(tmp_path / "b", blocking=False).wait()
+    assert room() == before
+    run.saving.release()
+    assert room() == set()
+
+
+def test_a_failure_is_raised_where_somebody_waits(tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
+    run = trained()
+    gate.failure = OSError(28, "No space left on device")
+    handle = run.begin_save(tmp_path / "c", blocking=False)
+    gate.opened.set()
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        handle.wait()
+    assert "failed" in repr(handle)
+    assert "No space left on device" in caplog.text
+    gate.failure = None
+    run.save(tmp_path / "c")  # which raises nothing again
+    assert (tmp_path / "c").is_dir()
+
+
+def test_a_failure_that_nobody_heard_of_is_raised_by_the_next_call(tmp_path: Path, gate: Gate) -> None:
+    run = trained()
+    gate.failure = OSError(5, "Input/output error")
+    gate.opened.set()
+    run.begin_save(tmp_path / "c", blocking=False)
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        run.save(tmp_path / "d")
+    assert not (tmp_path / "c").exists()
+    gate.failure = None
+    run.save(tmp_path / "d")
+
+
+def test_what_cannot_be_saved_is_an_error_at_once(tmp_path: Path) -> None:
+    run = trained()
+    run.objects["custom_objects"][0].value = lambda: 0
+    with pytest.raises(CheckpointError, match="is a function"):
+        run.begin_save(tmp_path / "c", blocking=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_accelerator_waits_before_it_loads_and_at_its_end(tmp_path: Path, gate: Gate) -> None:
+    accelerator = Accelerator(cpu=True)
+    model = accelerator.prepare(torch.nn.Linear(2, 2))
+    handle = accelerator.save_state(tmp_path / "c", blocking=False)
+    assert isinstance(handle, SaveHandle)
+    threading.Timer(0.2, gate.opened.set).start()
+    accelerator.load_state(handle)
+    assert handle.done()
+
+    gate.failure = OSError(28, "No space left on device")
+    accelerator.save_state(tmp_path / "d", blocking=False)
+    with pytest.raises(CheckpointError, match="No space left"):
+        accelerator.end_training()
+    assert model is not None
+
+
+SCRIPT = """
+import sys, torch
+from accelerate import Accelerator
+accelerator = Accelerator(cpu=True)
+model = accelerator.prepare(torch.nn.Linear(1000, 1000))
+accelerator.save_state(sys.argv[1], blocking=False)
+if sys.argv[2] == "raise":
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("end", "status"), [("end", 0), ("raise", 3)])
+def test_a_script_that_ends_without_waiting_has_its_checkpoint(tmp_path: Path, end: str, status: int) -> None:
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "c"), end]
+    assert subprocess.run(command, timeout=60).returncode == status
+    Run().having(models=[torch.nn.Linear(1000, 1000)]).load(tmp_path / "c")
