@@ -31,7 +31,8 @@ class Training:
 
     def __init__(self, seed: int) -> None:
         # The global batch is 24 samples on any number of ranks.
-        self.accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(split_batches=True))
+        data = DataLoaderConfiguration(split_batches=True)
+        self.accelerator = Accelerator(cpu=True, mixed_precision="fp16", dataloader_config=data)
         torch.manual_seed(seed)
         model = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
