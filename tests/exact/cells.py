@@ -155,6 +155,7 @@ def sample_of_grid() -> list[Cell]:
         Cell("map", "endless", "2", 1, habit="load"),
         Cell("map", "buckets", "0", 2, habit="recipe"),
         Cell("map", "plain", "2", 1, loader="stateful", habit="load"),
+        Cell("iterable", "epoch", "2-persistent", 1, loader="stateful", keeps_state=True, habit="load"),
         Cell("dispatched-map", "plain", "0", 2, habit="load"),
         Cell("dispatched-map", "loader-generator", "0", 1, habit="load"),
         Cell("dispatched-map", "loader-generator", "0", 2, habit="recipe"),

@@ -138,6 +138,9 @@ class DataLoaderAdapter(DataLoader[Any]):
 
     def load_own_state(self, saved: dict[str, Any]) -> None:
         """Continue from what `own_state` returned on this rank."""
+        place = self._mark.pending
+        if place is not None and not place.makes_workers and not _all_workers_have_begun(saved, place.workers):
+            return  # the place is found by reading up to it
         self.dl_state_dict = saved
         if not self._reader.iterable:
             self._reader.go_to_step(steps_of_state(saved))
@@ -420,6 +423,14 @@ def steps_of_state(saved: dict[str, Any]) -> int:
     if "_num_yielded" in saved:
         return saved["_num_yielded"]
     return saved["_snapshot"]["_snapshot_step"] + saved["_steps_since_snapshot"]
+
+
+def _all_workers_have_begun(saved: dict[str, Any], workers: int) -> bool:
+    """Tell whether torchdata's state of a pass is one of that pass in all worker processes.
+
+    Of one that lasts from pass to pass and has given nothing yet, it keeps where the pass before ended.
+    """
+    return not workers or saved["_snapshot"]["_snapshot_step"] >= workers
 
 
 def _source_of_batches(sampler: Any) -> tuple[Any, int]:

@@ -314,6 +314,22 @@ class Placed(Counting):
         self.read = 0
 
 
+class Ending(Placed):
+    """Stays where a pass has ended, until the next one asks for its first sample."""
+
+    continues = False
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.continues = True
+
+    def __iter__(self):
+        self.read, self.continues = self.read if self.continues else 0, False
+        while self.read < self.size:
+            self.read += 1
+            yield self.read - 1
+
+
 def test_torchdata_keeps_its_state_only_inside_a_pass_that_it_reads():
     pytest.importorskip("torchdata")
     loader = prepare(DataLoader(Placed(8), batch_size=2, num_workers=1), use_stateful_dataloader=True)
@@ -356,6 +372,29 @@ def test_torchdata_keeps_no_state_of_a_pass_whose_workers_were_told_where_to_sta
     again.load_position_state(place)
     if own is not None:
         again.load_own_state(own)
+    assert numbers(again) == whole[steps:]
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_lasting_workers_have_no_state_of_a_pass_before_their_first_batch(steps, every):
+    """What torchdata keeps for such a worker is where the pass before ended."""
+    pytest.importorskip("torchdata")
+
+    def loader():
+        base = make_stateful_loader(
+            Ending(24), batch_size=3, num_workers=2, persistent_workers=True, snapshot_every_n_steps=every
+        )
+        return prepare(base, use_stateful_dataloader=True)
+
+    first = loader()
+    whole = numbers(first)
+    batches = iter(first)
+    for _ in range(steps):
+        next(batches)
+    again = loader()
+    again.load_position_state(first.position_state())
+    again.load_own_state(first.own_state())
     assert numbers(again) == whole[steps:]
 
 
