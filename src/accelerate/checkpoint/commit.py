@@ -29,7 +29,7 @@ import xxhash
 
 from ..collectives.base import Collectives
 from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
-from . import durable, layout
+from . import disk_errors, documents, durable, layout
 
 
 @dataclass(frozen=True)
@@ -104,20 +104,24 @@ def staged(
     final = Path(os.path.abspath(final))
     leads = collectives.rank == 0 if leads is None else leads
     area = _begin(final, collectives, leads, fresh)
-    done = False
     try:
         failure: Exception | None = None
         try:
             yield area.staging
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks have to hear of it before it leaves
             failure = error
-        _agree(collectives, failure, f"The checkpoint {final} was not written", "What was there before is untouched.")
+        _agree(collectives, failure, final, "was not written", "What was there before is untouched.")
         if leads:
             failure = _attempt(lambda: _publish(area, final, stale, finish))
-        _agree(collectives, failure, f"The checkpoint {final} was not put in place", _STILL_WHOLE)
-        done = True
+        try:
+            _agree(collectives, failure, final, "was not put in place", _STILL_WHOLE)
+        except CheckpointError:
+            if leads and failure is None and not area.inside:
+                # It failed on another disk, where it is not there: nobody may take it for a whole one.
+                os.rename(final, area.staging)
+            raise
     finally:
-        if leads and not done:
+        if leads:
             shutil.rmtree(area.root, ignore_errors=True)
 
 
@@ -138,7 +142,7 @@ def _begin(final: Path, collectives: Collectives, leads: bool, fresh: bool) -> _
         except AccelerateError as error:
             report = _Report(collectives.rank, leads, report.host, error=error)
         except Exception as error:  # noqa: BLE001 - the other ranks are waiting for the outcome
-            report = _Report(collectives.rank, leads, report.host, failure=_describe(error))
+            report = _Report(collectives.rank, leads, report.host, failure=_describe(error, final))
     reports: list[_Report] = collectives.all_gather_object(report)
     for found in reports:
         if found.error is not None:
@@ -191,14 +195,18 @@ def _publish(area: _Area, final: Path, stale: Callable[[Path], Iterable[str]], f
     if not area.inside:
         durable.flush_tree(area.staging)
         os.rename(area.staging, final)
-        durable.flush_folder(final.parent)
-        area.root.rmdir()
+        try:
+            durable.flush_folder(final.parent)
+        except CheckpointError:
+            os.rename(final, area.staging)  # all ranks will be told that it is not there
+            raise
         return
     written = set(durable.files_below(area.staging))
     for name in written:
         _check_replaceable(final, name)
     journal = _Journal(area.staging.name, sorted(set(stale(final)) - written))
-    (area.root / layout.JOURNAL_NAME).write_bytes(msgspec.json.encode(journal))
+    with disk_errors.about(area.root / layout.JOURNAL_NAME):
+        (area.root / layout.JOURNAL_NAME).write_bytes(msgspec.json.encode(journal))
     durable.flush_tree(area.root)
     os.rename(area.root, final / layout.COMMIT_NAME)
     durable.flush_folder(final)
@@ -239,9 +247,12 @@ def recover(final: Path) -> bool:
     pending = final / layout.COMMIT_NAME
     if not pending.is_dir():
         return False
+    if pending.is_symlink():
+        raise CheckpointError(explain(f"{pending} is a link to another folder.", remedy="Do not trust it."))
+    file = pending / layout.JOURNAL_NAME
     try:
-        journal = msgspec.json.decode((pending / layout.JOURNAL_NAME).read_bytes(), type=_Journal)
-    except (OSError, msgspec.DecodeError) as error:
+        journal = documents.parse(documents.read_file(file), _Journal, file)
+    except (OSError, CheckpointError) as error:
         if not any(path.is_dir() for path in pending.iterdir()):
             shutil.rmtree(pending)
             return False
@@ -309,17 +320,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _describe(error: BaseException, place: Path) -> str:
+    return f"{type(error).__name__}: {disk_errors.describe(error, place) or error}"
 
 
-def _agree(collectives: Collectives, failure: Exception | None, problem: str, remedy: str) -> None:
+def _agree(collectives: Collectives, failure: Exception | None, final: Path, problem: str, remedy: str) -> None:
     """Return if no rank has failed; otherwise raise on all ranks. Collective."""
-    own = _Report(collectives.rank, False, "", failure=_describe(failure) if failure else None)
+    own = _Report(collectives.rank, False, "", failure=_describe(failure, final) if failure else None)
     reports = collectives.all_gather_object(own)
     if failure is not None and collectives.world_size == 1 and isinstance(failure, AccelerateError):
         raise failure
-    _raise_failures(reports, problem, remedy, failure)
+    _raise_failures(reports, f"The checkpoint {final} {problem}", remedy, failure)
 
 
 def _raise_failures(reports: list[_Report], problem: str, remedy: str, cause: Exception | None = None) -> None:
@@ -329,7 +340,7 @@ def _raise_failures(reports: list[_Report], problem: str, remedy: str, cause: Ex
 
 
 @contextmanager
-def together(collectives: Collectives, problem: str) -> Iterator[None]:
+def together(collectives: Collectives, place: Path, problem: str) -> Iterator[None]:
     """Let no rank go on when another one failed in this block. Collective at its end.
 
     A failing rank raises its own error, the others a `CheckpointError` that names it.
@@ -339,8 +350,8 @@ def together(collectives: Collectives, problem: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - raised again below, when the others know
         failure = error
-    own = _Report(collectives.rank, False, "", failure=_describe(failure) if failure else None)
+    own = _Report(collectives.rank, False, "", failure=_describe(failure, place) if failure else None)
     reports = collectives.all_gather_object(own)
     if failure is not None:
         raise failure
-    _raise_failures(reports, problem, "See the error of that rank.")
+    _raise_failures(reports, f"The checkpoint {place} {problem}", "See the error of that rank.")

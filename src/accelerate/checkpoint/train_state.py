@@ -18,9 +18,9 @@ import torch
 
 from ..core.errors import CheckpointError, explain
 from ..hardware import Hardware
-from . import durable, layout, legacy
+from . import documents, durable, layout, legacy
 from .codec import decode, encode
-from .weights import read_safetensors, write_safetensors
+from .weights import read_tensors, write_safetensors
 
 FORMAT = 1
 
@@ -41,9 +41,10 @@ def write_state(folder: Path, stem: str, state: Any) -> None:
     """
     tree, tensors = encode(state, stem)
     structure, numbers = layout.state_files(stem)
+    document = msgspec.json.encode(_Document(FORMAT, len(tensors), tree))
+    documents.check_size(document, stem, "Keep long lists of numbers as a tensor or an array.")
     if tensors:
         write_safetensors(tensors, folder / numbers)
-    document = msgspec.json.encode(_Document(FORMAT, len(tensors), tree))
     durable.write_file(folder / structure, document + b"\n")
 
 
@@ -68,13 +69,16 @@ def read_state(folder: Path, stem: str) -> Any:
                 f"{folder} holds no {stem}: {structure.name} is not there.", remedy="Prepare what was prepared then."
             )
         )
-    try:
-        document = msgspec.json.decode(structure.read_bytes(), type=_Document)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise CheckpointError(explain(f"{structure} is damaged: {error}", remedy="Use another checkpoint.")) from error
+    document = documents.parse(structure.read_bytes(), _Document, structure)
     if document.format > FORMAT:
         raise CheckpointError(explain(f"{structure} has format {document.format}.", accepted=f"up to {FORMAT}"))
-    tensors = read_safetensors(numbers) if document.num_tensors else {}
+    tensors: dict[str, torch.Tensor] = {}
+    if document.num_tensors:
+        if not numbers.is_file():
+            raise layout.MissingFile(explain(f"{structure} keeps tensors in {numbers.name}, which is not there."))
+        tensors, _ = read_tensors(numbers)
+    if len(tensors) != document.num_tensors:
+        raise documents.damaged(structure, f"{document.num_tensors} tensors are named, and {len(tensors)} are there")
     return decode(document.state, tensors, str(structure))
 
 
@@ -111,7 +115,7 @@ def set_random_state(state: dict[str, Any], hardware: Hardware) -> tuple[list[st
             value = value[: hardware.count()]
         try:
             setter(value)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, OverflowError) as error:
             failed.append(f"{name} ({error})")
     return absent, failed
 
@@ -138,7 +142,7 @@ def load_random_state(folder: Path, rank: int, saved_ranks: int | None, hardware
         )
         return {}
     state = read_state(folder, stem)
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not isinstance(state.get("step", 0), int):
         raise CheckpointError(explain(f"{folder / stem} holds a {type(state).__name__}, not random states."))
     absent, failed = set_random_state(state, hardware)
     if absent or failed:
@@ -149,7 +153,10 @@ def load_random_state(folder: Path, rank: int, saved_ranks: int | None, hardware
 
 def _derive_random_state(folder: Path, rank: int, hardware: Hardware) -> None:
     """Seed the generators of a rank that the saved run did not have."""
-    root = read_state(folder, layout.rng_stem(0))["torch_manual_seed"]
+    state = read_state(folder, layout.rng_stem(0))
+    root = state.get("torch_manual_seed") if isinstance(state, dict) else None
+    if not isinstance(root, torch.Tensor):
+        raise CheckpointError(explain(f"{folder / layout.rng_stem(0)} holds no state of torch's generator."))
     digest = hashlib.blake2b(root.numpy().tobytes() + rank.to_bytes(8, "big"), digest_size=8)
     seed = int.from_bytes(digest.digest(), "big")
     random.seed(seed)

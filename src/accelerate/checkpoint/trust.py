@@ -8,6 +8,7 @@ himself gets more; nothing falls back to it.
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 from typing import IO, Any
 
@@ -35,6 +36,10 @@ _NUMPY_PARTS: list[Any] = [
 ]
 
 
+class RefusedPickle(CheckpointError, pickle.UnpicklingError):
+    """A pickle holds more than data, or something that pretends to be one does."""
+
+
 def read_pickle(file: Path, map_location: Any = "cpu") -> Any:
     """Read a file written by `torch.save`, running none of its code.
 
@@ -42,17 +47,28 @@ def read_pickle(file: Path, map_location: Any = "cpu") -> Any:
         CheckpointError: If the file is damaged, or holds anything but data.
     """
     try:
+        _check_archive(file)
         return load(file, map_location)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n", 1)[0]
-        raise CheckpointError(
-            explain(
-                f"{file} is refused: it is a pickle that holds more than tensors and plain values ({reason}).",
-                remedy="If you trust its author, read it with accelerate.utils.load(file, weights_only=False).",
-            )
-        ) from error
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise CheckpointError(explain(f"{file} cannot be read: {error}", remedy="Use another checkpoint.")) from error
+    except CheckpointError:
+        raise
+    except Exception as error:  # noqa: BLE001 - torch's reader raises whatever the bytes make it stumble over
+        text = f"{type(error).__name__}: {error}"[:500]
+        raise CheckpointError(explain(f"{file} cannot be read: {text}", remedy="Use another checkpoint.")) from None
+
+
+def _check_archive(file: Path) -> None:
+    """Refuse an archive that unpacks to more than it is. `torch.save` packs nothing, and writes nothing twice."""
+    if not zipfile.is_zipfile(file):
+        return
+    with zipfile.ZipFile(file) as archive:
+        entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        problem = "it is a packed archive, which torch.save does not write"
+    elif sum(entry.file_size for entry in entries) > file.stat().st_size:
+        problem = "its parts are larger than the whole"
+    else:
+        return
+    raise CheckpointError(explain(f"{file} is refused: {problem}.", remedy="Do not trust it."))
 
 
 def write_pickle(obj: Any, file: str | Path | IO[bytes]) -> None:
@@ -72,7 +88,21 @@ def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
         f: Path or binary stream.
         map_location: Where tensors go, as `torch.load` takes it.
         **kwargs: Further arguments of `torch.load`. `weights_only` is True unless given.
+
+    Raises:
+        RefusedPickle: (a `pickle.UnpicklingError`) if reading it would run code, and `weights_only` is true.
     """
     kwargs.setdefault("weights_only", True)
-    with torch.serialization.safe_globals(_NUMPY_PARTS):
-        return torch.load(f, map_location=map_location, **kwargs)
+    try:
+        with torch.serialization.safe_globals(_NUMPY_PARTS):
+            return torch.load(f, map_location=map_location, **kwargs)
+    except pickle.UnpicklingError as error:
+        if not kwargs["weights_only"]:
+            raise
+        reason = str(error).split("\n", 1)[0]
+        raise RefusedPickle(
+            explain(
+                f"{f} is refused: it is a pickle that holds more than tensors and plain values ({reason}).",
+                remedy="If you trust its author, read it with accelerate.utils.load(file, weights_only=False).",
+            )
+        ) from None

@@ -20,15 +20,22 @@ from ..collectives.base import Collectives
 from ..core.errors import CheckpointError, WrongTypeError, explain
 from ..core.text import convert_file_size_to_int
 from ..runtime.state import current_or_single
-from . import durable, layout
+from . import documents, durable, layout
 from .codec import STORABLE, is_plain_tensor
 from .commit import staged
+from .disk_errors import about
 from .trust import load, read_pickle, write_pickle
 
 __all__ = ["load", "load_weights", "save", "save_model", "write_weights"]
 
 TIED_KEY = "tied"
 """In a file's metadata: JSON of names not written -> the written name they share memory with."""
+
+
+MAX_TENSORS = 250_000
+"""In one file or index. Reading a name costs some hundred bytes of memory, however few it takes in the file."""
+_HEADER_BYTES = 8
+_MAX_HEADER_BYTES = 200 * MAX_TENSORS
 
 
 class _Index(msgspec.Struct):
@@ -79,7 +86,8 @@ def write_weights(state: Mapping[str, torch.Tensor], file: Path, max_shard_bytes
         if safe:
             write_safetensors(tensors, shard, {name: source for name, source in tied.items() if source in tensors})
         else:
-            write_pickle(tensors, shard)
+            with about(shard, sum(map(_size, tensors.values()))):
+                write_pickle(tensors, shard)
             durable.flush_file(shard)
         weight_map.update(dict.fromkeys(names, shard.name))
     if len(plan) > 1:
@@ -149,7 +157,8 @@ def _size(tensor: Any) -> int:
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], file: Path, tied: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file and wait until it is on the disk."""
-    safetensors.torch.save_file(own_memory(tensors), file, metadata=_metadata(tied))
+    with about(file, sum(map(_size, tensors.values()))):
+        safetensors.torch.save_file(own_memory(tensors), file, metadata=_metadata(tied))
     durable.flush_file(file)
 
 
@@ -192,24 +201,26 @@ def load_weights(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    try:
-        names = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except msgspec.DecodeError as error:
-        raise CheckpointError(explain(f"{index} is damaged: {error}", remedy="Use another checkpoint.")) from error
+    content = index.read_bytes()
+    if content.count(b":") > MAX_TENSORS:
+        raise documents.damaged(index, f"it names more than the {MAX_TENSORS} tensors that are read")
+    names = documents.parse(content, _Index, index).weight_map
     state: dict[str, torch.Tensor] = {}
     for shard in dict.fromkeys(names.values()):
         file = index.parent / shard
         if not layout.is_file_name(shard) or file.resolve().parent != index.parent.resolve():
             raise CheckpointError(
                 explain(
-                    f"{index} names the shard {shard!r}, outside its folder.", remedy="Do not trust this checkpoint."
+                    f"{index} names the shard {shard[:200]!r}, outside its folder.",
+                    remedy="Do not trust this checkpoint.",
                 )
             )
         if not file.is_file():
             raise layout.MissingFile(explain(f"{index} names the shard {shard!r}, which is not there."))
         state.update(_read(file))
     if missing := [name for name in names if name not in state]:
-        raise CheckpointError(explain(f"{index} names tensors that its shards do not hold: {', '.join(missing[:5])}."))
+        listed = ", ".join(repr(name[:200]) for name in missing[:5])
+        raise CheckpointError(explain(f"{index} names tensors that its shards do not hold: {listed}."))
     return state
 
 
@@ -218,19 +229,46 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read one safetensors file onto the CPU, with the names that share memory with a written one."""
-    try:
-        with safetensors.safe_open(file, "pt") as content:
-            # An open file is no mapping: its keys() have to be asked for.
-            state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            tied = (content.metadata() or {}).get(TIED_KEY, "{}")
-        names = msgspec.json.decode(tied, type=dict[str, str])
-    except (safetensors.SafetensorError, msgspec.DecodeError) as error:
-        raise CheckpointError(explain(f"{file} is damaged: {error}", remedy="Use another checkpoint.")) from error
+    """Read one safetensors file onto the CPU, with the names that share memory with a written one.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    state, metadata = read_tensors(file)
+    names = documents.parse(metadata.get(TIED_KEY, "{}").encode(), dict[str, str], file)
     for name, source in names.items():
         if source in state and name not in state:
             state[name] = state[source]
     return state
+
+
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read the tensors that stand in one safetensors file onto the CPU, and its metadata.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    _check_header(file)
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            # An open file is no mapping: its keys() have to be asked for.
+            state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            return state, content.metadata() or {}
+    except (safetensors.SafetensorError, RuntimeError, OverflowError) as error:
+        raise documents.damaged(file, error) from None
+
+
+def _check_header(file: Path) -> None:
+    """Refuse what the reader of safetensors files would let pass, or take long over."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(_HEADER_BYTES), "little")
+        rest = file.stat().st_size - _HEADER_BYTES
+        if rest < 0 or length > min(rest, _MAX_HEADER_BYTES):
+            raise documents.damaged(file, f"a header of {length} bytes, with {max(rest, 0)} bytes behind its length")
+        header = stream.read(length)
+    if header.count(b"data_offsets") > MAX_TENSORS:
+        raise documents.damaged(file, f"it holds more than the {MAX_TENSORS} tensors that are read")
+    documents.parse(header, dict[str, Any], file)
 
 
 def complete_tied(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
