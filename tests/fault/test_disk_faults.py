@@ -245,7 +245,9 @@ def _meet_injected(folder: Path, rank: int, cases: list[tuple[str, str, str]], e
     own = trained.runtime.process.rank
     seen = {}
     mine = (f"random_states_{rank}.json", f"random_states_{rank}.safetensors")
-    shared = [name for name in disk.fingerprint(trained.folder / "checkpoint_0") if not name.startswith("random_states")]
+    shared = [
+        name for name in disk.fingerprint(trained.folder / "checkpoint_0") if not name.startswith("random_states")
+    ]
     files = [*mine, *(shared if rank == 0 else [])][::every]
     for calls, error, _ in cases:
         for name in files:

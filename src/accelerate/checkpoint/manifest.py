@@ -23,6 +23,7 @@ from .disk_errors import about
 FORMAT = 1
 MAX_FILES = 200_000
 _CHUNK_BYTES = 2**22
+_BLANK = "0" * 16
 
 Verify = Literal["full", "size", "off"]
 """How closely a checkpoint is looked at before it is loaded: each byte, names and sizes, or not at all."""
@@ -48,7 +49,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     torch: str
     files: dict[str, FileEntry]
     xxh3: str = ""
-    """Of all of the above."""
+    """Of the whole text, in which zeros stand here."""
 
 
 class _Head(msgspec.Struct):
@@ -76,12 +77,16 @@ def write(folder: Path, *, save_id: str, world_size: int, step: int, iteration: 
 
 def to_bytes(content: Manifest) -> bytes:
     """Return the text of a manifest, with the hash of its content."""
-    signed = msgspec.structs.replace(content, xxh3=_own_hash(content))
-    return msgspec.json.format(msgspec.json.encode(signed), indent=1) + b"\n"
+    blank = msgspec.structs.replace(content, xxh3=_BLANK)
+    text = msgspec.json.format(msgspec.json.encode(blank), indent=1) + b"\n"
+    head, _, tail = text.rpartition(_BLANK.encode())
+    return head + _own_hash(text, _BLANK).encode() + tail
 
 
-def _own_hash(content: Manifest) -> str:
-    return xxhash.xxh3_64_hexdigest(msgspec.json.encode(msgspec.structs.replace(content, xxh3="")))
+def _own_hash(text: bytes, stated: str) -> str:
+    """Return the hash of the whole text, in which the hash that it states stands for nothing."""
+    head, _, tail = text.rpartition(stated.encode())
+    return xxhash.xxh3_64_hexdigest(head + _BLANK.encode() + tail)
 
 
 def _entry(file: Path) -> FileEntry:
@@ -115,7 +120,7 @@ def read(folder: Path) -> Manifest | None:
             )
         )
     found = documents.parse(text, Manifest, file)
-    if found.xxh3 != _own_hash(found):
+    if len(found.xxh3) != len(_BLANK) or found.xxh3 != _own_hash(text, found.xxh3):
         raise documents.damaged(file, "it has other content than was written")
     if len(found.files) > MAX_FILES:
         raise documents.damaged(file, f"it names {len(found.files)} files, and {MAX_FILES} are the most")

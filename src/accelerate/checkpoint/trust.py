@@ -96,8 +96,9 @@ def load(f: Any, map_location: Any = None, **kwargs: Any) -> Any:
     try:
         with torch.serialization.safe_globals(_NUMPY_PARTS):
             return torch.load(f, map_location=map_location, **kwargs)
-    except pickle.UnpicklingError as error:
-        if not kwargs["weights_only"]:
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        is_program = "TorchScript" in str(error)
+        if not kwargs["weights_only"] or not (is_program or isinstance(error, pickle.UnpicklingError)):
             raise
         reason = str(error).split("\n", 1)[0]
         raise RefusedPickle(
