@@ -22,7 +22,6 @@ from accelerate.checkpoint import layout, train_state, trust, weights
 from accelerate.core.errors import CheckpointError
 from tests.unit.checkpoint.support import Counter, Run
 
-
 # Torch says what it makes of strange files before it refuses them.
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{text}") for text in ("Detected pickle protocol", ".*looks like a TorchScript")

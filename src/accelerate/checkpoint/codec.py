@@ -368,6 +368,8 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _array(shape: tuple[int, ...], dtype_name: str, content: bytes) -> np.ndarray:
+    if any(size < 0 for size in shape):
+        raise ValueError(f"an array of shape {shape}")
     if not _NUMPY_DTYPE.fullmatch(dtype_name):
         raise ValueError(f"numpy's {dtype_name} has no fixed bytes")
     dtype = np.dtype(dtype_name)

@@ -52,9 +52,10 @@ def parse(content: bytes, kind: type[T], source: object) -> T:
     """
     check_size(content, source, USE_ANOTHER)
     try:
+        found = msgspec.json.decode(content, type=kind)
         # Bytes for letters: nothing is kept of what is read here, and no letter takes more than its byte.
         json.loads(content.decode("latin-1"), object_pairs_hook=_refuse_repeated)
-        return msgspec.json.decode(content, type=kind)
+        return found
     except (ValueError, RecursionError) as error:  # msgspec's errors are `ValueError`s too
         raise damaged(source, error) from None
 

@@ -110,6 +110,8 @@ def read(folder: Path) -> Manifest | None:
         return None
     except OSError as error:
         raise documents.damaged(file, error) from error
+    if (num_files := text.count(b'"num_bytes"')) > MAX_FILES:
+        raise documents.damaged(file, f"it names {num_files} files, and {MAX_FILES} are the most")
     head = documents.parse(text, _Head, file)
     if head.format > FORMAT:
         raise CheckpointError(
@@ -122,8 +124,6 @@ def read(folder: Path) -> Manifest | None:
     found = documents.parse(text, Manifest, file)
     if len(found.xxh3) != len(_BLANK) or found.xxh3 != _own_hash(text, found.xxh3):
         raise documents.damaged(file, "it has other content than was written")
-    if len(found.files) > MAX_FILES:
-        raise documents.damaged(file, f"it names {len(found.files)} files, and {MAX_FILES} are the most")
     if outside := [name for name in found.files if not layout.is_inside(name)]:
         raise CheckpointError(
             explain(f"{file} names {outside[0][:200]!r}, outside its folder.", remedy="Do not trust it.")
@@ -178,7 +178,9 @@ def check(folder: Path, manifest: Manifest, verify: Verify = "full") -> None:
     if verify == "off":
         return
     wrong = [
-        f"{name} {problem}" for name, entry in manifest.files.items() if (problem := _problem(folder, name, entry))
+        f"{name[:200]} {problem}"
+        for name, entry in manifest.files.items()
+        if (problem := _problem(folder, name, entry))
     ]
     known = {layout.MANIFEST_NAME, *manifest.files}
     wrong += [
