@@ -228,9 +228,8 @@ def _check_replaceable(final: Path, name: str) -> None:
 
 
 def _check_inside(final: Path, name: str) -> None:
-    parent = (final / name).parent.resolve()
-    if not layout.is_inside(name) or not parent.is_relative_to(final.resolve()):
-        raise CheckpointError(explain(f"{name!r} leads out of {final}.", remedy="Do not trust this checkpoint."))
+    if not layout.is_inside(name) or not (final / name).parent.resolve().is_relative_to(final.resolve()):
+        raise CheckpointError(explain(f"{name[:200]!r} leads out of {final}.", remedy="Do not trust this checkpoint."))
 
 
 def recover(final: Path) -> bool:
@@ -262,7 +261,8 @@ def recover(final: Path) -> bool:
     source = pending / journal.folder
     if not layout.is_file_name(journal.folder) or source.is_symlink():
         raise CheckpointError(explain(f"{pending} names the folder {journal.folder!r}.", remedy="Do not trust it."))
-    _move_into_place(source, final, journal.remove)
+    with disk_errors.about(final):
+        _move_into_place(source, final, journal.remove)
     return True
 
 

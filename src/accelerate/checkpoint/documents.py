@@ -55,9 +55,9 @@ def parse(content: bytes, kind: type[T], source: object) -> T:
         found = msgspec.json.decode(content, type=kind)
         # Bytes for letters: nothing is kept of what is read here, and no letter takes more than its byte.
         json.loads(content.decode("latin-1"), object_pairs_hook=_refuse_repeated)
-        return found
     except (ValueError, RecursionError) as error:  # msgspec's errors are `ValueError`s too
         raise damaged(source, error) from None
+    return found
 
 
 def damaged(source: object, error: object) -> CheckpointError:
