@@ -20,6 +20,7 @@ import torch
 import accelerate.utils
 from accelerate.checkpoint import layout, train_state, trust, weights
 from accelerate.core.errors import CheckpointError
+from tests.fault.bounded import MB, cost_of
 from tests.unit.checkpoint.support import Counter, Run
 
 # Torch says what it makes of strange files before it refuses them.
@@ -245,3 +246,29 @@ def test_an_archive_that_unpacks_to_more_than_it_is(tmp_path: Path) -> None:
     assert file.stat().st_size < 100_000
     with pytest.raises(CheckpointError, match=r"optimizer\.bin is refused: it is a packed archive"):
         train_state.read_state(tmp_path, "optimizer")
+
+
+class Bytes:
+    """Asks for memory that the file does not have."""
+
+    def __reduce__(self) -> Any:
+        return (bytearray, (10**9,))
+
+
+@pytest.mark.parametrize("form", ["torch.save", "old torch.save", "pickle 2"])
+def test_a_pickle_that_asks_for_memory(tmp_path: Path, form: str) -> None:
+    (tmp_path / "optimizer.bin").write_bytes(FORMS[form]({"x": Bytes()}))
+    cost = cost_of(lambda: train_state.read_state(tmp_path, "optimizer"))
+    assert cost.is_clean
+    assert "optimizer.bin is refused: it asks for a bytearray" in cost.error
+    assert cost.memory < 50 * MB
+
+
+def test_lists_that_double_themselves(tmp_path: Path) -> None:
+    doubled = b"\x80\x02]q\0" + b"".join(b"(h%ch%clq%c" % (n, n, n + 1) for n in range(40)) + b"."
+    with zipfile.ZipFile(tmp_path / "optimizer.bin", "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", doubled)
+        archive.writestr("archive/version", "3\n")
+    cost = cost_of(lambda: train_state.read_state(tmp_path, "optimizer"))
+    assert cost.is_clean
+    assert (cost.memory < 50 * MB, cost.seconds < 2) == (True, True)
