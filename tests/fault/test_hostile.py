@@ -311,6 +311,16 @@ def test_a_state_that_could_not_be_read_is_not_written(tmp_path: Path, monkeypat
     assert os.listdir(tmp_path) == []
 
 
+def test_weights_that_could_not_be_read_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {str(number): torch.ones(1) for number in range(20)}
+    monkeypatch.setattr(weights, "MAX_TENSORS", 10)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors would name 20 tensors"):
+        weights.write_weights(state, tmp_path / "model.safetensors")
+    monkeypatch.setattr(weights, "MAX_INDEXED", 10)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json would name"):
+        weights.write_weights(state, tmp_path / "model.safetensors", 4)
+
+
 @pytest.mark.parametrize(
     ("stem", "state"),
     [

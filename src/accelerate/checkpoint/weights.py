@@ -32,8 +32,10 @@ TIED_KEY = "tied"
 """In a file's metadata: JSON of names not written -> the written name they share memory with."""
 
 
-MAX_TENSORS = 250_000
-"""In one file or index. Reading a name costs some hundred bytes of memory, however few it takes in the file."""
+MAX_TENSORS = 500_000
+"""In one file. Reading a name costs some hundred bytes of memory, however few it takes in the file."""
+MAX_INDEXED = 250_000
+"""In one index."""
 _HEADER_BYTES = 8
 _MAX_HEADER_BYTES = 200 * MAX_TENSORS
 
@@ -93,6 +95,7 @@ def write_weights(state: Mapping[str, torch.Tensor], file: Path, max_shard_bytes
     if len(plan) > 1:
         content = {"metadata": {"total_size": sum(map(_size, kept.values()))}, "weight_map": weight_map}
         text = msgspec.json.format(msgspec.json.encode(content, order="deterministic"), indent=2)
+        _check_count(text.count(b":"), MAX_INDEXED, layout.index_file(file.name))
         durable.write_file(file.with_name(layout.index_file(file.name)), text + b"\n")
 
 
@@ -157,9 +160,18 @@ def _size(tensor: Any) -> int:
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], file: Path, tied: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file and wait until it is on the disk."""
+    _check_count(len(tensors), MAX_TENSORS, file.name)
     with about(file, sum(map(_size, tensors.values()))):
         safetensors.torch.save_file(own_memory(tensors), file, metadata=_metadata(tied))
     durable.flush_file(file)
+
+
+def _check_count(count: int, limit: int, name: str) -> None:
+    """Refuse to write what would be refused when it is read."""
+    if count > limit:
+        raise CheckpointError(
+            explain(f"{name} would name {count} tensors.", accepted=f"up to {limit}", remedy="Stack small ones.")
+        )
 
 
 def _metadata(tied: Mapping[str, str] | None) -> dict[str, str]:
@@ -202,8 +214,8 @@ def load_weights(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     content = index.read_bytes()
-    if content.count(b":") > MAX_TENSORS:
-        raise documents.damaged(index, f"it names more than the {MAX_TENSORS} tensors that are read")
+    if content.count(b":") > MAX_INDEXED:
+        raise documents.damaged(index, f"it names more than the {MAX_INDEXED} tensors that are read")
     names = documents.parse(content, _Index, index).weight_map
     state: dict[str, torch.Tensor] = {}
     for shard in dict.fromkeys(names.values()):
