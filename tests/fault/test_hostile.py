@@ -178,7 +178,7 @@ def test_messages_spell_names_out(tmp_path: Path, name: str) -> None:
     with pytest.raises(CheckpointError) as caught:
         run.load(tmp_path, strict=False)
     assert not set(str(caught.value)) & {"\x1b", "\0", "\u202e", "\r"}
-    assert caught.value.__suppress_context__, "what torch said is not printed beside it"
+    assert caught.value.__suppress_context__ and caught.value.__cause__ is None, "what torch said is not printed too"
 
 
 # States ---------------------------------------------------------------------------------------------------------------
