@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check full clean-exit exact metrics-grid bench
+.PHONY: setup demo test check full clean-exit faults fuzz exact metrics-grid bench
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
 
@@ -30,6 +30,13 @@ full: setup  ## the exhaustive forms too
 
 clean-exit: setup  ## 400 runs of 2 and 4 processes, each of which must end with status 0
 	$(BIN)/python -m pytest -m full tests/fault/test_clean_exit.py -s --timeout 0
+
+faults: setup  ## every error of the kernel on every file of a checkpoint, and every bit of its manifest changed
+	$(BIN)/python -m pytest -m "full or not full" tests/fault/test_disk_faults.py tests/fault/test_damage.py -s --timeout 0
+
+FUZZ ?= --inputs 300000
+fuzz: setup  ## broken files for every reader of checkpoints; FUZZ="--inputs 10000000 --seed 7" for more or others
+	$(BIN)/python -m tests.fault.fuzz $(FUZZ)
 
 exact: setup  ## every resume of the exactness suite: samplers, datasets, workers, ranks, stopped at every step
 	$(BIN)/python -m pytest -m "full or not full" tests/exact -s --timeout 0

@@ -808,17 +808,21 @@ class Accelerator:
         self,
         input_dir: str | Path | None = None,
         load_kwargs: dict[str, Any] | None = None,
+        verify: Literal["full", "size", "off"] = "full",
         **load_model_func_kwargs: Any,
     ) -> None:
         """Load what `save_state` wrote into the prepared objects. Called on all ranks; collective.
 
         Args:
             input_dir: The folder; with automatic naming `None` takes the newest complete one.
-            load_kwargs: Keywords for `load_state_dict` of models, as are the following.
+            load_kwargs: Keywords for `load_state_dict` of models, as are `load_model_func_kwargs`.
+            verify: What is compared with the manifest first: the content of all files (`"full"`), their sizes
+                (`"size"`), or nothing (`"off"`). Without a folder, damaged checkpoints are passed over with a warning.
             **load_model_func_kwargs: Such as `strict=False`, which also lets other missing parts pass with a warning.
 
         Raises:
-            CheckpointError: If something is missing, incomplete or does not fit.
+            SettingError: (a `ValueError`) if there is no such folder, or `verify` is unknown.
+            CheckpointError: On all ranks, if something is damaged, missing, incomplete or does not fit.
         """
         session = self._session
         session.saving.background.wait()
@@ -830,6 +834,7 @@ class Accelerator:
             runtime=self.state._runtime,
             pre_hooks=list(session.load_hooks.values()),
             strict=keywords.get("strict", True),
+            verify=verify,
             load_model_kwargs=keywords,
         )
         session.windows.load_state_dict(loaded.windows, loaded.step)

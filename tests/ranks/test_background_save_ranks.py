@@ -86,7 +86,7 @@ def _fail_on_rank_one(folder: Path, surface: str) -> Any:
         "end": accelerator.end_training,
     }[surface]
     started = time.monotonic()
-    with pytest.raises(CheckpointError, match=r"rank 1: OSError: \[Errno 28\]"):
+    with pytest.raises(CheckpointError, match="rank 1: OSError: .* No space left on device"):
         heard()
     assert time.monotonic() - started < 10
     return torch.equal(weight(accelerator), before)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import collections
 import math
+import re
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -127,6 +128,8 @@ STORABLE = {
     torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint64, torch.uint32, torch.uint16,
     torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz,
 }  # fmt: skip
+_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_NUMPY_DTYPE = re.compile(r"[<>|=][biufcmMSUV][0-9]{1,9}(\[[0-9]*[A-Za-z]+\])?")
 _REMEDIES = {
     "function": "Leave it out of state_dict(), and set it again in load_state_dict().",
     "enum": "Save its value, and make the member again in load_state_dict().",
@@ -157,10 +160,13 @@ def decode(tree: Any, tensors: dict[str, torch.Tensor], name: str = "state") -> 
     """
     try:
         return _Decoder(tensors).decode(tree)
-    except (msgspec.ValidationError, ValueError, TypeError, KeyError, RuntimeError, struct.error) as error:
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, OverflowError, struct.error) as error:
+        problem = f"{type(error).__name__}: {error}"[:500]
         raise CheckpointError(
-            explain(f"{name} is damaged, or was not written by this library: {error}", remedy="Use another checkpoint.")
-        ) from error
+            explain(
+                f"{name} is damaged, or was not written by this library: {problem}", remedy="Use another checkpoint."
+            )
+        ) from None
 
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
@@ -280,7 +286,8 @@ class _Encoder:
 
 class _Decoder:
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
+        # Each is taken once, as they are written: naming one a thousand times costs a stranger little, and us much.
+        self.tensors = dict(tensors)
 
     def decode(self, tree: Any) -> Any:
         if isinstance(tree, list):
@@ -331,7 +338,7 @@ class _Decoder:
 
     def _tensor(self, node: TensorNode) -> torch.Tensor:
         # A copy: what was read may be a view of the file.
-        value = self.tensors[node.name].clone()
+        value = self.tensors.pop(node.name).clone()
         if node.bytes_of is not None:
             value = value.view(_dtype(node.bytes_of)).reshape(node.shape or [])
         if node.stride is not None:
@@ -343,7 +350,7 @@ class _Decoder:
         return value.requires_grad_(node.requires_grad)
 
     def _array(self, node: ArrayNode) -> np.ndarray:
-        return _array(tuple(node.shape), node.dtype, self.tensors[node.name].numpy().tobytes())
+        return _array(tuple(node.shape), node.dtype, self.tensors.pop(node.name).numpy().tobytes())
 
 
 def _same(value: Any, _: tuple[Any, ...]) -> Any:
@@ -355,16 +362,17 @@ def _encodable(text: str) -> bool:
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
+    if name not in _DTYPES:
         raise TypeError(f"torch.{name} is no dtype")
-    return dtype
+    return _DTYPES[name]
 
 
 def _array(shape: tuple[int, ...], dtype_name: str, content: bytes) -> np.ndarray:
-    dtype = np.dtype(dtype_name)
-    if dtype.hasobject:
+    if any(size < 0 for size in shape):
+        raise ValueError(f"an array of shape {shape}")
+    if not _NUMPY_DTYPE.fullmatch(dtype_name):
         raise ValueError(f"numpy's {dtype_name} has no fixed bytes")
+    dtype = np.dtype(dtype_name)
     return np.ndarray(shape, dtype, buffer=bytearray(content or b"\0"))
 
 

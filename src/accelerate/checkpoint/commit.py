@@ -30,7 +30,7 @@ import xxhash
 
 from ..collectives.base import Collectives, Exchange
 from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
-from . import durable, layout
+from . import disk_errors, documents, durable, layout
 from .files import File
 from .manifest import FileEntry
 from .writer import Writer
@@ -64,6 +64,10 @@ class _Journal(msgspec.Struct):
 
     folder: str
     remove: list[str]
+
+
+class _RankGone(CheckpointError):
+    """Nothing was heard of another rank: it may have done its part, or not."""
 
 
 _STILL_WHOLE = "Either the state that was there before or the new one is whole; loading finds out which."
@@ -150,7 +154,7 @@ class Staging:
     @contextmanager
     def kept_if_all_succeed(self, collectives: Collectives) -> Iterator[None]:
         """Let no rank go on to `complete` when another one failed in this block. Collective at its end."""
-        with self.undone_if_not_whole(), together(collectives, f"The checkpoint {self.final} was not begun"):
+        with self.undone_if_not_whole(), together(collectives, self.final, "was not begun"):
             yield
 
     @contextmanager
@@ -166,12 +170,21 @@ class Staging:
     def _put_in_place(
         self, exchange: Exchange, failure: Exception | None, written: dict[str, FileEntry], finish: Finish
     ) -> None:
-        problem = f"The checkpoint {self.final} was not written"
-        told = _agree(exchange, failure, problem, "What was there before is untouched.", written)
+        told = _agree(exchange, failure, self.final, "was not written", "What was there before is untouched.", written)
         if self.leads:
             known = {name: entry for rank in self._led for name, entry in told[rank].items()}
             failure = _attempt(lambda: _publish(self._area, self.final, self._stale, known, finish))
-        _agree(exchange, failure, f"The checkpoint {self.final} was not put in place", _STILL_WHOLE)
+        try:
+            _agree(exchange, failure, self.final, "was not put in place", _STILL_WHOLE)
+        except _RankGone:
+            raise
+        except CheckpointError:
+            if self.leads and failure is None and not self._area.inside:
+                # It failed on another disk, where it is not there: nobody may take it for a whole one.
+                os.rename(self.final, self._area.staging)
+            raise
+        if self.leads:
+            shutil.rmtree(self._area.root, ignore_errors=True)
 
 
 @contextmanager
@@ -213,7 +226,7 @@ def _begin(final: Path, collectives: Collectives, leads: bool, fresh: bool) -> t
         except AccelerateError as error:
             report = _Report(collectives.rank, leads, report.host, error=error)
         except Exception as error:  # noqa: BLE001 - the other ranks are waiting for the outcome
-            report = _Report(collectives.rank, leads, report.host, failure=_describe(error))
+            report = _Report(collectives.rank, leads, report.host, failure=_describe(error, final))
     reports: list[_Report] = collectives.all_gather_object(report)
     for found in reports:
         if found.error is not None:
@@ -272,14 +285,18 @@ def _publish(
     if not area.inside:
         durable.flush_tree(area.staging)
         os.rename(area.staging, final)
-        durable.flush_folder(final.parent)
-        area.root.rmdir()
+        try:
+            durable.flush_folder(final.parent)
+        except CheckpointError:
+            os.rename(final, area.staging)  # all ranks will be told that it is not there
+            raise
         return
     written = set(durable.files_below(area.staging))
     for name in written:
         _check_replaceable(final, name)
     journal = _Journal(area.staging.name, sorted(set(stale(final)) - written))
-    (area.root / layout.JOURNAL_NAME).write_bytes(msgspec.json.encode(journal))
+    with disk_errors.about(area.root / layout.JOURNAL_NAME):
+        (area.root / layout.JOURNAL_NAME).write_bytes(msgspec.json.encode(journal))
     durable.flush_tree(area.root)
     os.rename(area.root, final / layout.COMMIT_NAME)
     durable.flush_folder(final)
@@ -301,9 +318,8 @@ def _check_replaceable(final: Path, name: str) -> None:
 
 
 def _check_inside(final: Path, name: str) -> None:
-    parent = (final / name).parent.resolve()
-    if not layout.is_inside(name) or not parent.is_relative_to(final.resolve()):
-        raise CheckpointError(explain(f"{name!r} leads out of {final}.", remedy="Do not trust this checkpoint."))
+    if not layout.is_inside(name) or not (final / name).parent.resolve().is_relative_to(final.resolve()):
+        raise CheckpointError(explain(f"{name[:200]!r} leads out of {final}.", remedy="Do not trust this checkpoint."))
 
 
 def recover(final: Path) -> bool:
@@ -320,9 +336,12 @@ def recover(final: Path) -> bool:
     pending = final / layout.COMMIT_NAME
     if not pending.is_dir():
         return False
+    if pending.is_symlink():
+        raise CheckpointError(explain(f"{pending} is a link to another folder.", remedy="Do not trust it."))
+    file = pending / layout.JOURNAL_NAME
     try:
-        journal = msgspec.json.decode((pending / layout.JOURNAL_NAME).read_bytes(), type=_Journal)
-    except (OSError, msgspec.DecodeError) as error:
+        journal = documents.parse(documents.read_file(file), _Journal, file)
+    except (OSError, CheckpointError) as error:
         if not any(path.is_dir() for path in pending.iterdir()):
             shutil.rmtree(pending)
             return False
@@ -332,7 +351,8 @@ def recover(final: Path) -> bool:
     source = pending / journal.folder
     if not layout.is_file_name(journal.folder) or source.is_symlink():
         raise CheckpointError(explain(f"{pending} names the folder {journal.folder!r}.", remedy="Do not trust it."))
-    _move_into_place(source, final, journal.remove)
+    with disk_errors.about(final):
+        _move_into_place(source, final, journal.remove)
     return True
 
 
@@ -390,18 +410,21 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _describe(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _describe(error: BaseException, place: Path) -> str:
+    return f"{type(error).__name__}: {disk_errors.describe(error, place) or error}"
 
 
-def _agree(exchange: Exchange, failure: Exception | None, problem: str, remedy: str, news: Any = None) -> list[Any]:
+def _agree(
+    exchange: Exchange, failure: Exception | None, final: Path, problem: str, remedy: str, news: Any = None
+) -> list[Any]:
     """Return what each rank brings as `news` if none has failed; otherwise raise on all ranks. Collective."""
-    own = _Report(exchange.rank, False, "", failure=_describe(failure) if failure else None, news=news)
+    problem = f"The checkpoint {final} {problem}"
+    own = _Report(exchange.rank, False, "", failure=_describe(failure, final) if failure else None, news=news)
     try:
         reports = exchange.all_gather_object(own)
     except RuntimeError as error:  # what torch raises when a connection breaks
-        reason = _describe(failure or error).splitlines()[0]
-        raise CheckpointError(
+        reason = _describe(failure or error, final).splitlines()[0]
+        raise _RankGone(
             explain(f"{problem}: rank {exchange.rank} cannot reach another rank any more ({reason}).", remedy=remedy)
         ) from (failure or error)
     if failure is not None and exchange.world_size == 1 and isinstance(failure, AccelerateError):
@@ -417,7 +440,7 @@ def _raise_failures(reports: list[_Report], problem: str, remedy: str, cause: Ex
 
 
 @contextmanager
-def together(collectives: Collectives, problem: str) -> Iterator[None]:
+def together(collectives: Collectives, place: Path, problem: str) -> Iterator[None]:
     """Let no rank go on when another one failed in this block. Collective at its end.
 
     A failing rank raises its own error, the others a `CheckpointError` that names it.
@@ -427,8 +450,8 @@ def together(collectives: Collectives, problem: str) -> Iterator[None]:
         yield
     except Exception as error:  # noqa: BLE001 - raised again below, when the others know
         failure = error
-    own = _Report(collectives.rank, False, "", failure=_describe(failure) if failure else None)
+    own = _Report(collectives.rank, False, "", failure=_describe(failure, place) if failure else None)
     reports = collectives.all_gather_object(own)
     if failure is not None:
         raise failure
-    _raise_failures(reports, problem, "See the error of that rank.")
+    _raise_failures(reports, f"The checkpoint {place} {problem}", "See the error of that rank.")

@@ -10,14 +10,17 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .disk_errors import about
+
 
 def flush_file(file: Path) -> None:
     """Wait until the content of `file` is on the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with about(file):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def flush_folder(folder: Path) -> None:
@@ -49,7 +52,7 @@ def make_folder(folder: Path) -> None:
 
 def write_file(file: Path, content: bytes) -> None:
     """Write a new file and wait until its content is on the disk."""
-    with file.open("wb") as stream:
+    with about(file, len(content)), file.open("wb") as stream:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())

@@ -26,6 +26,11 @@ class File(ABC):
 
     name: str
 
+    @property
+    @abstractmethod
+    def num_bytes(self) -> int:
+        """About how long the file is."""
+
     @abstractmethod
     def write(self, folder: Path) -> None:
         """Write the file. What is written need not be on the disk when this returns."""
@@ -42,6 +47,10 @@ class TextFile(File):
     name: str
     content: bytes
 
+    @property
+    def num_bytes(self) -> int:
+        return len(self.content)
+
     def write(self, folder: Path) -> None:
         (folder / self.name).write_bytes(self.content)
 
@@ -56,6 +65,10 @@ class TensorFile(File):
     name: str
     tensors: Mapping[str, torch.Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_bytes(self) -> int:
+        return _total_bytes(self.tensors)
 
     def write(self, folder: Path) -> None:
         self.write_to(folder / self.name)
@@ -79,6 +92,10 @@ class PickleFile(File):
     name: str
     state: Mapping[str, Any]
 
+    @property
+    def num_bytes(self) -> int:
+        return _total_bytes(self.state)
+
     def write(self, folder: Path) -> None:
         write_pickle(dict(self.state), folder / self.name)
 
@@ -88,6 +105,10 @@ class PickleFile(File):
             for name, value in self.state.items()
         }
         return replace(self, state=state)
+
+
+def _total_bytes(state: Mapping[str, Any]) -> int:
+    return sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

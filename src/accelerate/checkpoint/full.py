@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..core.errors import CheckpointError, explain
 from . import layout, naming
 from .files import File
 from .train_state import plan_state, read_state
@@ -31,8 +32,18 @@ def load_model(model: torch.nn.Module, folder: Path, index: int, **kwargs: Any) 
         folder: The checkpoint.
         index: Which of the saved models.
         **kwargs: For `model.load_state_dict`, such as `strict=False`.
+
+    Raises:
+        CheckpointError: If the weights are damaged, or do not fit the model.
     """
-    model.load_state_dict(complete_tied(load_weights(folder, index), model), **kwargs)
+    weights = complete_tied(load_weights(folder, index), model)
+    try:
+        model.load_state_dict(weights, **kwargs)
+    except RuntimeError as error:
+        # Torch lists names as they stand in the file; `explain` takes out of them what a terminal would obey.
+        raise CheckpointError(
+            explain(f"The weights in {folder} do not fit: {error}", remedy="Build the model as it was for the save.")
+        ) from None
 
 
 def plan_optimizer(optimizer: Any, index: int, names: Mapping[int, str]) -> list[File]:

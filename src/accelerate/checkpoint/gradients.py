@@ -50,7 +50,8 @@ def read_windows(folder: Path, rank: int, world_size: int, saved_ranks: int | No
             explain(
                 f"{folder} was saved in the middle of a window of accumulation, and the gradients of rank {lacking[0]} "
                 "are not there.",
-                remedy="Continue with as many ranks as saved, or copy the files of all nodes into the folder.",
+                remedy="Continue with as many ranks as saved, or copy the files of all nodes into the folder, and pass "
+                "verify='off' to load_state, since each node's manifest knows its own files.",
             )
         )
     states = [read_state(folder, layout.windows_stem(other)) for other in needed]

@@ -58,6 +58,8 @@ COMMIT_NAME = ".accelerate-commit"
 JOURNAL_NAME = "journal.json"
 REMOVING_PREFIX = ".accelerate-removing-"
 
+_LONGEST_NAME = 255
+"""Bytes, on every file system in use."""
 _CHECKPOINT = re.compile(r"checkpoint_(0|[1-9][0-9]*)")
 _NUMBER = r"(_[1-9][0-9]*)?"
 _SHARD = r"(-[0-9]{5}-of-[0-9]{5})?"
@@ -160,8 +162,8 @@ def is_inside(name: str) -> bool:
 
 
 def is_file_name(name: str) -> bool:
-    """Tell whether a name read from a file is one of a file in the same folder."""
-    return is_inside(name) and len(PurePosixPath(name).parts) == 1
+    """Tell whether a name read from a file can be one of a file in the same folder."""
+    return is_inside(name) and len(PurePosixPath(name).parts) == 1 and len(name.encode()) <= _LONGEST_NAME
 
 
 def checkpoint_folder(project_dir: str | Path, iteration: int) -> Path:

@@ -1,24 +1,33 @@
 """What a complete checkpoint consists of.
 
 Owns the file that is written last: names, sizes and hashes of all others, and where they come from. A folder
-without it is not a complete checkpoint of ours; one that contradicts it is not loaded.
+without it is not a complete checkpoint of ours; one that contradicts it is not loaded. It protects itself too, by
+a hash of its own content.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal, get_args
 
 import msgspec
 import torch
 import xxhash
 
-from ..core.errors import CheckpointError, explain
+from ..core.errors import CheckpointError, SettingError, explain
 from ..core.versions import __version__
-from . import durable, layout
+from . import documents, durable, layout
+from .disk_errors import about
 
 FORMAT = 1
+MAX_FILES = 200_000
 _CHUNK_BYTES = 2**22
+_BLANK = "0" * 16
+
+Verify = Literal["full", "size", "off"]
+"""How closely a checkpoint is looked at before it is loaded: each byte, names and sizes, or not at all."""
 
 
 class FileEntry(msgspec.Struct, frozen=True):
@@ -40,6 +49,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     accelerate: str
     torch: str
     files: dict[str, FileEntry]
+    xxh3: str = ""
+    """Of the whole text, in which zeros stand here."""
+
+
+class _Head(msgspec.Struct):
+    """What every format has."""
+
+    format: int
+    accelerate: str = "another version"
 
 
 def write(
@@ -57,17 +75,30 @@ def write(
         torch=str(torch.__version__),
         files=files,
     )
-    text = msgspec.json.format(msgspec.json.encode(content), indent=1)
-    durable.write_file(folder / layout.MANIFEST_NAME, text + b"\n")
+    durable.write_file(folder / layout.MANIFEST_NAME, to_bytes(content))
+
+
+def to_bytes(content: Manifest) -> bytes:
+    """Return the text of a manifest, with the hash of its content."""
+    blank = msgspec.structs.replace(content, xxh3=_BLANK)
+    text = msgspec.json.format(msgspec.json.encode(blank), indent=1) + b"\n"
+    head, _, tail = text.rpartition(_BLANK.encode())
+    return head + _own_hash(text, _BLANK).encode() + tail
+
+
+def _own_hash(text: bytes, stated: str) -> str:
+    """Return the hash of the whole text, in which the hash that it states stands for nothing."""
+    head, _, tail = text.rpartition(stated.encode())
+    return xxhash.xxh3_64_hexdigest(head + _BLANK.encode() + tail)
 
 
 def describe(file: Path) -> FileEntry:
     """Read a file once, and return what the manifest says of it."""
     digest = xxhash.xxh3_64()
-    with file.open("rb") as stream:
+    with about(file), file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
-    return FileEntry(file.stat().st_size, digest.hexdigest())
+        return FileEntry(stream.tell(), digest.hexdigest())
 
 
 def read(folder: Path) -> Manifest | None:
@@ -78,48 +109,117 @@ def read(folder: Path) -> Manifest | None:
     """
     file = folder / layout.MANIFEST_NAME
     try:
-        found = msgspec.json.decode(file.read_bytes(), type=Manifest)
+        text = documents.read_file(file)
     except FileNotFoundError:
         return None
-    except (OSError, msgspec.DecodeError) as error:
-        raise CheckpointError(explain(f"{file} is damaged: {error}", remedy="Use another checkpoint.")) from error
-    if found.format > FORMAT:
+    except OSError as error:
+        raise documents.damaged(file, error) from error
+    if (num_files := text.count(b'"num_bytes"')) > MAX_FILES:
+        raise documents.damaged(file, f"it names {num_files} files, and {MAX_FILES} are the most")
+    head = documents.parse(text, _Head, file)
+    if head.format > FORMAT:
         raise CheckpointError(
             explain(
-                f"{folder} has checkpoint format {found.format}, written by accelerate {found.accelerate}.",
+                f"{folder} has checkpoint format {head.format}, written by accelerate {head.accelerate}.",
                 accepted=f"formats up to {FORMAT}",
                 remedy="Update accelerate.",
             )
         )
+    found = documents.parse(text, Manifest, file)
+    if len(found.xxh3) != len(_BLANK) or found.xxh3 != _own_hash(text, found.xxh3):
+        raise documents.damaged(file, "it has other content than was written")
     if outside := [name for name in found.files if not layout.is_inside(name)]:
-        raise CheckpointError(explain(f"{file} names {outside[0]!r}, outside its folder.", remedy="Do not trust it."))
+        raise CheckpointError(
+            explain(f"{file} names {outside[0][:200]!r}, outside its folder.", remedy="Do not trust it.")
+        )
     return found
 
 
-def check(folder: Path, manifest: Manifest, hashes: bool = False) -> None:
+def check_verify(verify: str) -> None:
+    """Refuse an unknown way of verifying.
+
+    Raises:
+        SettingError: (a `ValueError`) naming those that there are.
+    """
+    if verify not in get_args(Verify):
+        raise SettingError(
+            explain(
+                f"load_state() was given verify={verify!r}.",
+                accepted=get_args(Verify),
+                remedy="Leave it out: everything is verified then.",
+            )
+        )
+
+
+def check_links(folder: Path) -> None:
+    """Refuse links with the name of a checkpoint's file that lead out of the folder: a stranger may have set them.
+
+    Raises:
+        CheckpointError: Naming the first one.
+    """
+    for path in folder.iterdir():
+        if layout.is_checkpoint_file(path.name) and path.is_symlink() and not _lies_in(folder, path):
+            raise CheckpointError(
+                explain(
+                    f"{path} is a link that leaves its folder, to {os.readlink(path)!r}.",
+                    remedy="Copy the file in its place if you have set the link; otherwise do not trust the checkpoint.",
+                )
+            )
+
+
+def check(folder: Path, manifest: Manifest, verify: Verify = "full") -> None:
     """Compare the folder with its manifest.
 
     Args:
         folder: The checkpoint.
         manifest: As read from it.
-        hashes: Read all files and compare their content, not only their sizes.
+        verify: `"full"` reads all files and compares their content, `"size"` only looks for them and at their sizes.
+            Both refuse files with names of a checkpoint that another save has left there. `"off"` does nothing.
 
     Raises:
-        CheckpointError: Naming the files that are missing or different.
+        CheckpointError: Naming the files that are missing, different, or of another save.
     """
-    wrong: list[str] = []
-    for name, entry in manifest.files.items():
-        file = folder / name
-        if not file.is_file():
-            wrong.append(f"{name} is missing")
-        elif (size := file.stat().st_size) != entry.num_bytes:
-            wrong.append(f"{name} has {size} bytes in place of {entry.num_bytes}")
-        elif hashes and describe(file) != entry:
-            wrong.append(f"{name} has other content than was written")
+    if verify == "off":
+        return
+    wrong = [
+        f"{name[:200]} {problem}"
+        for name, entry in manifest.files.items()
+        if (problem := _problem(folder, name, entry))
+    ]
+    known = {layout.MANIFEST_NAME, *manifest.files}
+    wrong += [
+        f"{path.name} does not belong to this save"
+        for path in sorted(folder.iterdir())
+        if layout.is_checkpoint_file(path.name) and path.name not in known
+    ]
+    if not wrong and verify == "full":  # reading is slow: not where it is known already that something is wrong
+        different = [name for name, entry in manifest.files.items() if describe(folder / name) != entry]
+        wrong = [f"{name} has other content than was written" for name in different]
     if wrong:
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(
-            explain(f"The checkpoint {folder} is not complete: {'; '.join(wrong)}.", remedy="Load an earlier one.")
+            explain(
+                f"The checkpoint {folder} is not complete, or not of one save: {'; '.join(wrong[:5])}{more}.",
+                remedy="Load another one. What does not belong there can be moved away.",
+            )
         )
+
+
+def _problem(folder: Path, name: str, entry: FileEntry) -> str:
+    file = folder / name
+    try:
+        if ("/" in name or file.is_symlink()) and not _lies_in(folder, file):
+            return "leads out of the folder"
+        if not file.is_file():
+            return "is missing"
+        size = file.stat().st_size
+    except OSError as error:
+        return f"cannot be looked at ({error.strerror})"
+    return "" if size == entry.num_bytes else f"has {size} bytes in place of {entry.num_bytes}"
+
+
+def _lies_in(folder: Path, file: Path) -> bool:
+    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
 
 
 def files_of(folder: Path) -> list[str]:

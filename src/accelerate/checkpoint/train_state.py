@@ -18,10 +18,10 @@ import torch
 
 from ..core.errors import CheckpointError, explain
 from ..hardware import Hardware
-from . import layout, legacy
+from . import documents, layout, legacy
 from .codec import decode, encode
 from .files import File, TensorFile, TextFile
-from .weights import read_safetensors
+from .weights import check_count, read_tensors
 
 FORMAT = 1
 
@@ -42,8 +42,11 @@ def plan_state(stem: str, state: Any) -> list[File]:
     """
     tree, tensors = encode(state, stem)
     structure, numbers = layout.state_files(stem)
-    document = TextFile(structure, msgspec.json.encode(_Document(FORMAT, len(tensors), tree)) + b"\n")
-    return [TensorFile(numbers, tensors), document] if tensors else [document]
+    document = msgspec.json.encode(_Document(FORMAT, len(tensors), tree))
+    documents.check_size(document, stem, "Keep long lists of numbers as a tensor or an array.")
+    check_count(len(tensors), numbers)
+    text = TextFile(structure, document + b"\n")
+    return [TensorFile(numbers, tensors), text] if tensors else [text]
 
 
 def has_state(folder: Path, stem: str) -> bool:
@@ -67,13 +70,16 @@ def read_state(folder: Path, stem: str) -> Any:
                 f"{folder} holds no {stem}: {structure.name} is not there.", remedy="Prepare what was prepared then."
             )
         )
-    try:
-        document = msgspec.json.decode(structure.read_bytes(), type=_Document)
-    except (msgspec.DecodeError, RecursionError) as error:
-        raise CheckpointError(explain(f"{structure} is damaged: {error}", remedy="Use another checkpoint.")) from error
+    document = documents.parse(structure.read_bytes(), _Document, structure)
     if document.format > FORMAT:
         raise CheckpointError(explain(f"{structure} has format {document.format}.", accepted=f"up to {FORMAT}"))
-    tensors = read_safetensors(numbers) if document.num_tensors else {}
+    tensors: dict[str, torch.Tensor] = {}
+    if document.num_tensors:
+        if not numbers.is_file():
+            raise layout.MissingFile(explain(f"{structure} keeps tensors in {numbers.name}, which is not there."))
+        tensors, _ = read_tensors(numbers)
+    if len(tensors) != document.num_tensors:
+        raise documents.damaged(structure, f"{document.num_tensors} tensors are named, and {len(tensors)} are there")
     return decode(document.state, tensors, str(structure))
 
 
@@ -110,7 +116,7 @@ def set_random_state(state: dict[str, Any], hardware: Hardware) -> tuple[list[st
             value = value[: hardware.count()]
         try:
             setter(value)
-        except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        except (TypeError, ValueError, LookupError, RuntimeError, AttributeError, OverflowError) as error:
             failed.append(f"{name} ({error})")
     return absent, failed
 
@@ -137,7 +143,7 @@ def load_random_state(folder: Path, rank: int, saved_ranks: int | None, hardware
         )
         return {}
     state = read_state(folder, stem)
-    if not isinstance(state, dict):
+    if not isinstance(state, dict) or not isinstance(state.get("step", 0), int):
         raise CheckpointError(explain(f"{folder / stem} holds a {type(state).__name__}, not random states."))
     absent, failed = set_random_state(state, hardware)
     if absent or failed:
@@ -148,7 +154,10 @@ def load_random_state(folder: Path, rank: int, saved_ranks: int | None, hardware
 
 def _derive_random_state(folder: Path, rank: int, hardware: Hardware) -> None:
     """Seed the generators of a rank that the saved run did not have."""
-    root = read_state(folder, layout.rng_stem(0))["torch_manual_seed"]
+    state = read_state(folder, layout.rng_stem(0))
+    root = state.get("torch_manual_seed") if isinstance(state, dict) else None
+    if not isinstance(root, torch.Tensor):
+        raise CheckpointError(explain(f"{folder / layout.rng_stem(0)} holds no state of torch's generator."))
     digest = hashlib.blake2b(root.numpy().tobytes() + rank.to_bytes(8, "big"), digest_size=8)
     seed = int.from_bytes(digest.digest(), "big")
     random.seed(seed)

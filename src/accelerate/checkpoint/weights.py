@@ -19,9 +19,10 @@ from ..collectives.base import Collectives
 from ..core.errors import CheckpointError, WrongTypeError, explain
 from ..core.text import convert_file_size_to_int
 from ..runtime.state import current_or_single
-from . import durable, layout
+from . import documents, durable, layout
 from .codec import STORABLE, is_plain_tensor
 from .commit import staged
+from .disk_errors import about
 from .files import File, PickleFile, TensorFile, TextFile
 from .trust import load, read_pickle, write_pickle
 from .writer import Writer
@@ -30,6 +31,14 @@ __all__ = ["load", "load_weights", "plan_weights", "save", "save_model"]
 
 TIED_KEY = "tied"
 """In a file's metadata: JSON of names not written -> the written name they share memory with."""
+
+
+MAX_TENSORS = 500_000
+"""In one file. Reading a name costs some hundred bytes of memory, however few it takes in the file."""
+MAX_INDEXED = 250_000
+"""In one index."""
+_HEADER_BYTES = 8
+_MAX_HEADER_BYTES = 200 * MAX_TENSORS
 
 
 class _Index(msgspec.Struct):
@@ -84,6 +93,7 @@ def plan_weights(state: Mapping[str, torch.Tensor], file: str, max_shard_bytes: 
         shard = layout.shard_file(file, number, len(plan))
         tensors = {name: kept[name] for name in names}
         if safe:
+            check_count(len(tensors), shard)
             metadata = _tied_metadata({name: source for name, source in tied.items() if source in tensors})
             files.append(TensorFile(shard, tensors, metadata))
         else:
@@ -92,6 +102,7 @@ def plan_weights(state: Mapping[str, torch.Tensor], file: str, max_shard_bytes: 
     if len(plan) > 1:
         content = {"metadata": {"total_size": sum(map(_size, kept.values()))}, "weight_map": weight_map}
         text = msgspec.json.format(msgspec.json.encode(content, order="deterministic"), indent=2)
+        _check_count(text.count(b":"), MAX_INDEXED, layout.index_file(file))
         files.append(TextFile(layout.index_file(file), text + b"\n"))
     return files
 
@@ -155,6 +166,22 @@ def _size(tensor: Any) -> int:
     return tensor.numel() * tensor.element_size() if isinstance(tensor, torch.Tensor) else 0
 
 
+def check_count(count: int, name: str) -> None:
+    """Refuse to write more tensors into one file than would be read.
+
+    Raises:
+        CheckpointError: If there are.
+    """
+    _check_count(count, MAX_TENSORS, name)
+
+
+def _check_count(count: int, limit: int, name: str) -> None:
+    if count > limit:
+        raise CheckpointError(
+            explain(f"{name} would name {count} tensors.", accepted=f"up to {limit}", remedy="Stack small ones.")
+        )
+
+
 def _tied_metadata(tied: Mapping[str, str]) -> dict[str, str]:
     return {TIED_KEY: msgspec.json.encode(dict(tied)).decode()} if tied else {}
 
@@ -182,24 +209,26 @@ def load_weights(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
-    try:
-        names = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except msgspec.DecodeError as error:
-        raise CheckpointError(explain(f"{index} is damaged: {error}", remedy="Use another checkpoint.")) from error
+    content = index.read_bytes()
+    if content.count(b":") > MAX_INDEXED:
+        raise documents.damaged(index, f"it names more than the {MAX_INDEXED} tensors that are read")
+    names = documents.parse(content, _Index, index).weight_map
     state: dict[str, torch.Tensor] = {}
     for shard in dict.fromkeys(names.values()):
         file = index.parent / shard
         if not layout.is_file_name(shard) or file.resolve().parent != index.parent.resolve():
             raise CheckpointError(
                 explain(
-                    f"{index} names the shard {shard!r}, outside its folder.", remedy="Do not trust this checkpoint."
+                    f"{index} names the shard {shard[:200]!r}, outside its folder.",
+                    remedy="Do not trust this checkpoint.",
                 )
             )
         if not file.is_file():
             raise layout.MissingFile(explain(f"{index} names the shard {shard!r}, which is not there."))
         state.update(_read(file))
     if missing := [name for name in names if name not in state]:
-        raise CheckpointError(explain(f"{index} names tensors that its shards do not hold: {', '.join(missing[:5])}."))
+        listed = ", ".join(repr(name[:200]) for name in missing[:5])
+        raise CheckpointError(explain(f"{index} names tensors that its shards do not hold: {listed}."))
     return state
 
 
@@ -208,19 +237,46 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
-    """Read one safetensors file onto the CPU, with the names that share memory with a written one."""
-    try:
-        with safetensors.safe_open(file, "pt") as content:
-            # An open file is no mapping: its keys() have to be asked for.
-            state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
-            tied = (content.metadata() or {}).get(TIED_KEY, "{}")
-        names = msgspec.json.decode(tied, type=dict[str, str])
-    except (safetensors.SafetensorError, msgspec.DecodeError) as error:
-        raise CheckpointError(explain(f"{file} is damaged: {error}", remedy="Use another checkpoint.")) from error
+    """Read one safetensors file onto the CPU, with the names that share memory with a written one.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    state, metadata = read_tensors(file)
+    names = documents.parse(metadata.get(TIED_KEY, "{}").encode(), dict[str, str], file)
     for name, source in names.items():
         if source in state and name not in state:
             state[name] = state[source]
     return state
+
+
+def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read the tensors that stand in one safetensors file onto the CPU, and its metadata.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    _check_header(file)
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            # An open file is no mapping: its keys() have to be asked for.
+            state = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+            return state, content.metadata() or {}
+    except (safetensors.SafetensorError, RuntimeError, OverflowError) as error:
+        raise documents.damaged(file, error) from None
+
+
+def _check_header(file: Path) -> None:
+    """Refuse what the reader of safetensors files would let pass, or take long over."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(_HEADER_BYTES), "little")
+        rest = file.stat().st_size - _HEADER_BYTES
+        if rest < 0 or length > min(rest, _MAX_HEADER_BYTES):
+            raise documents.damaged(file, f"a header of {length} bytes, with {max(rest, 0)} bytes behind its length")
+        header = stream.read(length)
+    if header.count(b"data_offsets") > MAX_TENSORS:
+        raise documents.damaged(file, f"it holds more than the {MAX_TENSORS} tensors that are read")
+    documents.parse(header, dict[str, Any], file)
 
 
 def complete_tied(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -268,6 +324,8 @@ def save(
 
 def _write_to(f: str | Path | IO[bytes], write: Callable[[Any], None]) -> None:
     if isinstance(f, (str, Path)):
-        durable.replace_file(Path(f).expanduser(), write)
+        file = Path(f).expanduser()
+        with about(file):
+            durable.replace_file(file, write)
     else:
         write(f)

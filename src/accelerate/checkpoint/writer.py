@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from . import durable
+from .disk_errors import about
 from .files import File
 from .manifest import FileEntry, describe
 
@@ -41,7 +42,8 @@ class Writer:
     def write(self, files: Iterable[File]) -> None:
         """Write files, each under its name."""
         for file in files:
-            file.write(self.folder)
+            with about(self.folder / file.name, file.num_bytes):
+                file.write(self.folder)
             self._tasks.put(partial(durable.flush_file, self.folder / file.name))
             self._tasks.put(partial(self._describe, file.name))
 

@@ -16,7 +16,11 @@ thing to do. `explain` puts the four together; each class is also the built-in t
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+
+# Control characters but for line breaks and tabs, and those that turn the direction of writing.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class AccelerateError(Exception):
@@ -58,6 +62,8 @@ class LaunchError(AccelerateError, RuntimeError):
 def explain(problem: str, *, accepted: Iterable[object] | str | None = None, remedy: str = "") -> str:
     """Join the parts of an error message into one paragraph.
 
+    What a terminal would obey, such as a name from a file that moves the cursor, is spelled out.
+
     Args:
         problem: The value, what is wrong with it, and where it came from.
         accepted: What would have been accepted: a phrase, or the values to list.
@@ -69,7 +75,7 @@ def explain(problem: str, *, accepted: Iterable[object] | str | None = None, rem
         lines.append(f"Accepted: {text}.")
     if remedy:
         lines.append(remedy)
-    return "\n".join(lines)
+    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), "\n".join(lines))
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

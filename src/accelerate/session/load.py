@@ -6,7 +6,8 @@ Owns the choice of the folder and the order of loading.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,10 @@ class Loaded:
     """The state of windows of accumulation, if any were open."""
 
 
+class Misfit(CheckpointError, ValueError):
+    """What a checkpoint holds does not fit the object that should take it."""
+
+
 @dataclass(frozen=True)
 class _Choice:
     """What the rank that looked at the disk found."""
@@ -52,6 +57,7 @@ def load_state(
     runtime: Runtime,
     pre_hooks: Sequence[LoadHook] = (),
     strict: bool = True,
+    verify: manifest.Verify = "full",
     load_model_kwargs: Mapping[str, Any] | None = None,
 ) -> Loaded:
     """Put a run into the state that a checkpoint holds. Called on all ranks; collective.
@@ -60,7 +66,8 @@ def load_state(
 
     Args:
         contents: What to load it into, in the order of the save.
-        folder: The checkpoint; None takes the newest complete one of the project, with automatic naming.
+        folder: The checkpoint; None takes the newest good one of the project, with automatic naming. Damaged newer
+            ones are passed over with a warning.
         project: Where checkpoints lie. With automatic naming its counter goes on after the loaded one.
         runtime: Ranks and devices.
         pre_hooks: Called on every rank with the models and the folder. Models that a hook takes out of the list
@@ -69,40 +76,39 @@ def load_state(
             which no hook may know), optimizers or schedulers than are given. Otherwise say so, and go on. A script
             that gives no optimizer or no scheduler at all only evaluates: it is told, not refused, and where
             optimizers were saved and it gives none, its loaders begin at their start.
+        verify: How closely the folder is compared with its manifest first, on one rank for each disk: `"full"` reads
+            all files and compares hashes, `"size"` looks for files and at their sizes, `"off"` takes what is there.
         load_model_kwargs: For `model.load_state_dict`, such as `{"strict": False}`.
 
     Raises:
-        SettingError: (a `ValueError`) if there is no such folder, or none was given and naming is not automatic.
-        CheckpointError: If the checkpoint is not complete, or does not fit the objects.
+        SettingError: (a `ValueError`) if there is no such folder, or none was given and naming is not automatic, or
+            `verify` is unknown.
+        CheckpointError: On all ranks, if the checkpoint is damaged, not complete, or does not fit the objects.
     """
-    collectives = runtime.collectives
-    leads = leads_on_disk(runtime, project)
-    own = _look(folder, project, strict) if leads else None
-    choice = _same_choice(own, collectives.all_gather_object(own), collectives.rank)
+    manifest.check_verify(verify)
+    choice = _choose(folder, project, runtime, strict, verify)
     source = Path(choice.folder)
-    with commit.together(collectives, f"The checkpoint {source} was not loaded"):
+    with commit.together(runtime.collectives, source, "was not loaded"):
         # Counted before anything is loaded by position.
         _check_custom_objects(source, len(contents.custom_objects))
         evaluates = _only_evaluates(source, contents.optimizers)
         # A hook may know of models that it loads itself.
         given = _counts(contents, with_models=not pre_hooks)
-        _check_counts(source, given, strict, evaluates=evaluates, tell=collectives.rank == 0)
+        _check_counts(source, given, strict, evaluates=evaluates, tell=runtime.process.rank == 0)
         trained_on = () if evaluates else contents.dataloaders
         remaining = list(contents.models)
         for hook in pre_hooks:
             hook(remaining, str(source))
         for index, model in enumerate(remaining):
             full.load_model(model, source, index, **(load_model_kwargs or {}))
-        names = naming.parameter_names(contents.models)
-        for index, optimizer in enumerate(contents.optimizers):
-            full.load_optimizer(optimizer, source, index, names)
         _load_shared(source, contents)
         _load_places(source, trained_on, strict)
         saved_ranks = choice.manifest.world_size if choice.manifest else None
         if saved_ranks in (None, runtime.process.world_size):
             _load_own_reading(source, trained_on, runtime.process.rank)
         # Last, because what came before may have drawn random numbers.
-        windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
+        with _fitting(source, layout.windows_stem(runtime.process.rank)):
+            windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
         rest = train_state.load_random_state(source, runtime.process.rank, saved_ranks, runtime.hardware, strict)
     number = layout.checkpoint_number(source.name)
     if project.automatic_checkpoint_naming and number is not None:
@@ -113,29 +119,56 @@ def load_state(
     return Loaded(source, step, project.iteration, windows)
 
 
-def _look(folder: str | Path | None, project: ProjectConfiguration, strict: bool) -> _Choice:
+def _choose(
+    folder: str | Path | None, project: ProjectConfiguration, runtime: Runtime, strict: bool, verify: manifest.Verify
+) -> _Choice:
+    """Let all ranks take the same checkpoint: the newest that is good on all disks, if none was given. Collective."""
+    collectives = runtime.collectives
+    leads = leads_on_disk(runtime, project)
+    newest: int | None = None
+    while True:
+        own = _look(folder, project, newest, strict, verify) if leads else None
+        choices = collectives.all_gather_object(own)
+        found = [choice for choice in choices if choice is not None]
+        numbers = [
+            number for choice in found if (number := layout.checkpoint_number(Path(choice.folder).name)) is not None
+        ]
+        if folder is not None or any(choice.error for choice in found) or len(set(numbers)) == 1:
+            return _same_choice(own, found)
+        newest = min(numbers)
+
+
+def _look(
+    folder: str | Path | None, project: ProjectConfiguration, newest: int | None, strict: bool, verify: manifest.Verify
+) -> _Choice:
     try:
-        source = _newest(project) if folder is None else _given(Path(folder).expanduser())
-        commit.recover(source)
-        found = manifest.read(source)
-        if found is not None:
-            manifest.check(source, found)
-        elif strict and _lost_manifest(source):
-            raise CheckpointError(
-                explain(
-                    f"{source} has no {layout.MANIFEST_NAME}: its save was cut off, or it was not copied whole.",
-                    remedy="Load another checkpoint, or pass strict=False to read what is there.",
-                )
-            )
+        if folder is None:
+            return _newest(project, newest, verify)
+        return _examine(_given(Path(folder).expanduser()), strict, verify)
     except AccelerateError as error:
         return _Choice("", None, error)
     except Exception as error:  # noqa: BLE001 - the other ranks are waiting to hear of it
         return _Choice("", None, CheckpointError(f"The checkpoint cannot be read: {type(error).__name__}: {error}"))
+
+
+def _examine(source: Path, strict: bool, verify: manifest.Verify) -> _Choice:
+    """Finish an interrupted save and compare the folder with its manifest."""
+    commit.recover(source)
+    found = manifest.read(source)
+    manifest.check_links(source)
+    if found is not None:
+        manifest.check(source, found, verify)
+    elif strict and _lost_manifest(source):
+        raise CheckpointError(
+            explain(
+                f"{source} has no {layout.MANIFEST_NAME}: its save was cut off, or it was not copied whole.",
+                remedy="Load another checkpoint, or pass strict=False to read what is there.",
+            )
+        )
     return _Choice(str(source), found)
 
 
-def _same_choice(own: _Choice | None, choices: list[_Choice | None], rank: int) -> _Choice:
-    found = [choice for choice in choices if choice is not None]
+def _same_choice(own: _Choice | None, found: Sequence[_Choice]) -> _Choice:
     for choice in found:
         if choice.error is not None:
             raise choice.error
@@ -152,8 +185,7 @@ def _same_choice(own: _Choice | None, choices: list[_Choice | None], rank: int) 
 
 
 def _lost_manifest(source: Path) -> bool:
-    states = any(source.glob(f"{layout.RNG_STATE_NAME}_*.json"))
-    return states and not legacy.is_peer_folder(source)
+    return any(source.glob(f"{layout.RNG_STATE_NAME}_*.json"))
 
 
 def _given(source: Path) -> Path:
@@ -162,7 +194,8 @@ def _given(source: Path) -> Path:
     return source
 
 
-def _newest(project: ProjectConfiguration) -> Path:
+def _newest(project: ProjectConfiguration, newest: int | None, verify: manifest.Verify) -> _Choice:
+    """Return the newest good checkpoint, of a number up to `newest`, and warn of those that are passed over."""
     if not project.automatic_checkpoint_naming:
         raise SettingError(
             explain(
@@ -172,29 +205,44 @@ def _newest(project: ProjectConfiguration) -> Path:
     folder = _given(checkpoints_folder(project))
     skipped: list[str] = []
     for name in layout.newest_first(path.name for path in folder.iterdir() if path.is_dir()):
-        problem = _incomplete(folder / name)
-        if not problem:
-            if skipped:
-                warnings.warn(f"Loading {name}; newer ones are not complete: {'; '.join(skipped)}", stacklevel=4)
-            return folder / name
-        skipped.append(f"{name}: {problem}")
+        if newest is not None and (layout.checkpoint_number(name) or 0) > newest:
+            continue
+        try:
+            choice = _examine(folder / name, strict=True, verify=verify)
+            if choice.manifest is None and not legacy.is_peer_folder(folder / name):
+                raise CheckpointError(f"{folder / name} has no {layout.MANIFEST_NAME}.")
+        except (CheckpointError, OSError) as error:
+            skipped.append(f"{name}: {str(error).splitlines()[0]}")
+            continue
+        if skipped:
+            warnings.warn(f"Loading {name}, because newer ones cannot be: {' '.join(skipped)}", stacklevel=5)
+        return choice
     raise CheckpointError(
         explain(
-            f"{folder} holds no complete checkpoint. {'; '.join(skipped)}".rstrip(),
+            f"{folder} holds no complete checkpoint. {' '.join(skipped)}".rstrip(),
             remedy="Pass the folder of a checkpoint, or start from the beginning.",
         )
     )
 
 
-def _incomplete(source: Path) -> str:
+@contextmanager
+def _fitting(source: Path, stem: str) -> Iterator[None]:
+    """Say which file it was, if an object cannot take the state that was read for it.
+
+    Raises:
+        Misfit: In place of whatever the object stumbled over.
+    """
     try:
-        commit.recover(source)
-        found = manifest.read(source)
-        if found is not None:
-            manifest.check(source, found)
-    except CheckpointError as error:
-        return str(error).splitlines()[0]
-    return "" if found is not None or legacy.is_peer_folder(source) else "it has no manifest"
+        yield
+    except AccelerateError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError, AssertionError) as error:
+        raise Misfit(
+            explain(
+                f"{source / stem} does not fit: {type(error).__name__}: {error}",
+                remedy="Prepare what was prepared for the save, in the same order.",
+            )
+        ) from error
 
 
 def _check_custom_objects(source: Path, registered: int) -> None:
@@ -252,10 +300,17 @@ def _check_counts(source: Path, given: Mapping[str, int], strict: bool, *, evalu
 
 
 def _load_shared(source: Path, contents: Contents) -> None:
+    names = naming.parameter_names(contents.models)
+    for index, optimizer in enumerate(contents.optimizers):
+        with _fitting(source, layout.numbered(layout.OPTIMIZER_NAME, index)):
+            full.load_optimizer(optimizer, source, index, names)
     for index, scheduler in enumerate(contents.schedulers):
-        scheduler.load_state_dict(train_state.read_state(source, layout.numbered(layout.SCHEDULER_NAME, index)))
+        stem = layout.numbered(layout.SCHEDULER_NAME, index)
+        with _fitting(source, stem):
+            scheduler.load_state_dict(train_state.read_state(source, stem))
     if contents.scaler is not None:
-        contents.scaler.load_state_dict(train_state.read_state(source, layout.SCALER_STEM))
+        with _fitting(source, layout.SCALER_STEM):
+            contents.scaler.load_state_dict(train_state.read_state(source, layout.SCALER_STEM))
     for index, custom in enumerate(contents.custom_objects):
         custom.load_state_dict(train_state.read_state(source, layout.custom_stem(index)))
 
@@ -268,7 +323,8 @@ def _load_places(source: Path, dataloaders: Sequence[Any], strict: bool) -> None
             warnings.warn(f"{source} does not say where loader {index} was; it starts anew.", stacklevel=3)
         elif hasattr(loader, "load_position_state"):  # clients may list loaders that were never prepared
             try:
-                loader.load_position_state(train_state.read_state(source, stem))
+                with _fitting(source, stem):
+                    loader.load_position_state(train_state.read_state(source, stem))
             except CheckpointError as error:
                 if strict:
                     raise
@@ -280,4 +336,5 @@ def _load_own_reading(source: Path, dataloaders: Sequence[Any], rank: int) -> No
     for index, loader in enumerate(dataloaders):
         stem = layout.loader_stem(index, rank)
         if getattr(loader, "use_stateful_dataloader", False) and train_state.has_state(source, stem):
-            loader.load_own_state(train_state.read_state(source, stem))
+            with _fitting(source, stem):
+                loader.load_own_state(train_state.read_state(source, stem))

@@ -1,0 +1,274 @@
+"""A folder from a stranger runs no code: a pickle that would leave a trace is put into every file that is read."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import random
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import accelerate.utils
+from accelerate.checkpoint import layout, train_state, trust, weights
+from accelerate.core.errors import CheckpointError
+from tests.fault.bounded import MB, cost_of
+from tests.unit.checkpoint.support import Counter, Run
+
+# Torch says what it makes of strange files before it refuses them.
+pytestmark = [
+    pytest.mark.filterwarnings(f"ignore:{text}") for text in ("Detected pickle protocol", ".*looks like a TorchScript")
+]
+
+
+class Canary:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file: Path):
+        self.file = str(file)
+
+    def __reduce__(self) -> Any:
+        return (os.mkdir, (self.file,))
+
+
+class Eval(Canary):
+    """The same through a builtin that everything can be done with."""
+
+    def __reduce__(self) -> Any:
+        return (eval, (f"__import__('os').mkdir({self.file!r})",))
+
+
+class Inside(Canary):
+    """The same as the state of an object that may be read."""
+
+    def __reduce__(self) -> Any:
+        return (torch.Size, ([],), {"x": Canary(Path(self.file))})
+
+
+def _zip(poison: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(poison, stream)
+    return stream.getvalue()
+
+
+def _old(poison: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(poison, stream, _use_new_zipfile_serialization=False)
+    return stream.getvalue()
+
+
+def _script(poison: Any) -> bytes:
+    """Look like a TorchScript archive, for which torch has another reader."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(poison, protocol=2))
+        archive.writestr("archive/constants.pkl", pickle.dumps(poison, protocol=2))
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/code/__torch__.py", "")
+    return stream.getvalue()
+
+
+FORMS: dict[str, Callable[[Any], bytes]] = {
+    "torch.save": _zip,
+    "old torch.save": _old,
+    "script": _script,
+    **{f"pickle {number}": lambda poison, number=number: pickle.dumps(poison, number) for number in range(6)},
+}
+KINDS: dict[str, Callable[[Path], Any]] = {
+    "alone": Canary,
+    "in a dict": lambda file: {"x": Canary(file)},
+    "as a key": lambda file: {Eval(file): 1},
+    "in a state": Inside,
+}
+
+
+class Loader:
+    """What a checkpoint looks at in a stateful loader."""
+
+    use_stateful_dataloader = True
+
+    def position_state(self) -> dict[str, Any]:
+        return {"epoch": 0, "place": torch.zeros(3)}
+
+    def load_position_state(self, saved: dict[str, Any]) -> None:
+        pass
+
+    def own_state(self) -> dict[str, Any]:
+        return {"reading": torch.ones(2)}
+
+    def load_own_state(self, saved: dict[str, Any]) -> None:
+        pass
+
+
+def run() -> Run:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    return Run().having(
+        models=[model],
+        optimizers=[optimizer],
+        schedulers=[torch.optim.lr_scheduler.StepLR(optimizer, 1)],
+        dataloaders=[Loader()],
+        scaler=torch.amp.GradScaler("cpu"),
+        custom_objects=[Counter(torch.ones(1))],
+    )
+
+
+def peer_folder(folder: Path) -> None:
+    """Write what Accelerate 1.x would have."""
+    objects = run().objects
+    folder.mkdir()
+    states = {
+        "pytorch_model.bin": objects["models"][0].state_dict(),
+        "optimizer.bin": objects["optimizers"][0].state_dict(),
+        "scheduler.bin": objects["schedulers"][0].state_dict(),
+        "scaler.pt": objects["scaler"].state_dict(),
+        "custom_checkpoint_0.pkl": {"value": 1},
+        "dl_state_dict.bin": {"reading": 1},
+        "random_states_0.pkl": {
+            "step": 4,
+            "random_state": random.getstate(),
+            "numpy_random_seed": np.random.get_state(),
+            "torch_manual_seed": torch.get_rng_state(),
+        },
+    }
+    for name, state in states.items():
+        torch.save(state, folder / name)
+
+
+PEER_FILES = [
+    "pytorch_model.bin", "optimizer.bin", "scheduler.bin", "scaler.pt", "custom_checkpoint_0.pkl", "dl_state_dict.bin",
+    "random_states_0.pkl",
+]  # fmt: skip
+
+
+def refused(folder: Path, name: str, **options: Any) -> str:
+    """Load, which has to fail over this file; return the message."""
+    with pytest.raises(CheckpointError) as caught, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the peer's folders say nothing of loaders
+        run().load(folder, **options)
+    assert name in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", PEER_FILES)
+def test_no_pickle_of_the_peers_runs(tmp_path: Path, name: str) -> None:
+    folder, canary = tmp_path / "c", tmp_path / "canary"
+    peer_folder(folder)
+    for form, write in FORMS.items():
+        for kind, poison in KINDS.items():
+            (folder / name).write_bytes(write(poison(canary)))
+            text = refused(folder, name, strict=False)
+            assert not canary.exists(), (form, kind)
+            assert "weights_only=False" in text, (form, kind, text)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_pickle_in_a_shard_runs(tmp_path: Path, form: str) -> None:
+    shard = "pytorch_model-00001-of-00001.bin"
+    index = {"metadata": {}, "weight_map": {"weight": shard}}
+    (tmp_path / layout.WEIGHTS_INDEX_NAME).write_text(json.dumps(index))
+    (tmp_path / shard).write_bytes(FORMS[form]({"weight": Canary(tmp_path / "canary")}))
+    with pytest.raises(CheckpointError, match=shard):
+        weights.load_weights(tmp_path)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_no_pickle_under_our_own_names_runs(tmp_path: Path) -> None:
+    folder, canary = tmp_path / "c", tmp_path / "canary"
+    run().save(folder, windows=[{"gradients": torch.ones(2)}])
+    names = sorted(os.listdir(folder))
+    assert len(names) == 16
+    for name in names:
+        content = (folder / name).read_bytes()
+        for form, write in FORMS.items():
+            (folder / name).write_bytes(write({"x": Canary(canary)}))
+            for options in ({}, {"verify": "off"}, {"verify": "off", "strict": False}):
+                if name.startswith("sampler.") and options.get("strict") is False:
+                    continue  # a place that cannot be read is passed over then
+                refused(folder, name.partition(".")[0], **options)
+                assert not canary.exists(), (name, form)
+        (folder / name).write_bytes(content)
+
+
+def test_what_other_libraries_pickle_is_not_looked_at(tmp_path: Path) -> None:
+    folder, canary = tmp_path / "c", tmp_path / "canary"
+    run().save(folder)
+    names = [".metadata", "__0_0.distcp", "training_args.bin", "extra.pkl", "data.pt", "model.ckpt"]
+    for name in names:
+        (folder / name).write_bytes(pickle.dumps(Canary(canary)))
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (folder / name).mkdir()
+        for inner in names[:2]:
+            (folder / name / inner).write_bytes(pickle.dumps(Canary(canary)))
+    run().load(folder)
+    assert not canary.exists()
+
+
+def test_the_canary_sings_where_it_is_let(tmp_path: Path) -> None:
+    for form in FORMS:
+        file, canary = tmp_path / "f", tmp_path / f"canary {form}"
+        file.write_bytes(FORMS[form]({"x": Canary(canary)}))
+        with pytest.raises(pickle.UnpicklingError):
+            accelerate.utils.load(file)
+        assert not canary.exists(), form
+        if form in ("torch.save", "old torch.save"):
+            accelerate.utils.load(file, weights_only=False)
+            assert canary.exists(), form
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_function_for_one_file_names_file_and_argument(tmp_path: Path, form: str) -> None:
+    file = tmp_path / "stranger.bin"
+    file.write_bytes(FORMS[form](Canary(tmp_path / "canary")))
+    with pytest.raises(trust.RefusedPickle, match=r"stranger\.bin[\s\S]*weights_only=False"):
+        accelerate.utils.load(file)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_an_archive_that_unpacks_to_more_than_it_is(tmp_path: Path) -> None:
+    file = tmp_path / "optimizer.bin"
+    torch.save({"x": torch.zeros(10_000_000)}, file)
+    packed = tmp_path / "packed.bin"
+    with zipfile.ZipFile(file) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, source.read(entry))
+    packed.replace(file)
+    assert file.stat().st_size < 100_000
+    with pytest.raises(CheckpointError, match=r"optimizer\.bin is refused: it is a packed archive"):
+        train_state.read_state(tmp_path, "optimizer")
+
+
+class Bytes:
+    """Asks for memory that the file does not have."""
+
+    def __reduce__(self) -> Any:
+        return (bytearray, (10**9,))
+
+
+@pytest.mark.parametrize("form", ["torch.save", "old torch.save", "pickle 2"])
+def test_a_pickle_that_asks_for_memory(tmp_path: Path, form: str) -> None:
+    (tmp_path / "optimizer.bin").write_bytes(FORMS[form]({"x": Bytes()}))
+    cost = cost_of(lambda: train_state.read_state(tmp_path, "optimizer"))
+    assert cost.is_clean
+    assert "optimizer.bin is refused: it asks for a bytearray" in cost.error
+    assert cost.memory < 50 * MB
+
+
+def test_lists_that_double_themselves(tmp_path: Path) -> None:
+    doubled = b"\x80\x02]q\0" + b"".join(b"(h%ch%clq%c" % (n, n, n + 1) for n in range(40)) + b"."
+    with zipfile.ZipFile(tmp_path / "optimizer.bin", "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr("archive/data.pkl", doubled)
+        archive.writestr("archive/version", "3\n")
+    cost = cost_of(lambda: train_state.read_state(tmp_path, "optimizer"))
+    assert cost.is_clean
+    assert (cost.memory < 50 * MB, cost.seconds < 2) == (True, True)
