@@ -153,6 +153,7 @@ def test_a_trace_becomes_operations(tmp_path: Path) -> None:
         f"72 fsync(7<{q('/elsewhere')}> <unfinished ...>",
         f'71 write(5<{q("/r/d/a")}>, "{q("twos")}", 4) = 3',
         "72 <... fsync resumed>) = 0",
+        f'71 writev(5<{q("/r/d/a")}>, [{{iov_base="{q("x")}", iov_len=1}}, {{iov_base="{q("y")}", iov_len=1}}], 2) = 2',
         f"71 ftruncate(5<{q('/r/d/a')}>, 5) = 0",
         f"71 fsync(5<{q('/r/d/a')}>) = 0",
         f'71 unlinkat(3<{q("/r/d")}>, "{q("b")}", 0) = 0',
@@ -169,6 +170,7 @@ def test_a_trace_becomes_operations(tmp_path: Path) -> None:
         Op("truncate", "d/a"),
         Op("write", "d/a", data=b"one"),
         Op("write", "d/a", offset=3, data=b"two"),
+        Op("write", "d/a", offset=6, data=b"xy"),
         Op("truncate", "d/a", offset=5),
         Op("fsync", "d/a"),
         Op("unlink", "d/b"),
@@ -183,7 +185,8 @@ def test_a_trace_becomes_operations(tmp_path: Path) -> None:
     "line",
     [
         f'symlink("{quoted("/r/a")}", "{quoted("/r/b")}") = 0',
-        f'writev(5<{quoted("/r/a")}>, [{{iov_base="", iov_len=0}}], 1) = 0',
+        f"copy_file_range(5<{quoted('/elsewhere')}>, NULL, 6<{quoted('/r/a')}>, NULL, 9, 0) = 9",
+        f"sendfile(6<{quoted('/r/a')}>, 5<{quoted('/elsewhere')}>, NULL, 9) = 9",
         f'rename("{quoted("/r/a")}", "{quoted("/elsewhere")}") = 0',
     ],
 )

@@ -201,6 +201,10 @@ class _Reader:
             yield Op("truncate", path)
 
     def _on_open_file(self, name: str, arguments: list[str], match: re.Match[str]) -> Iterator[Op]:
+        if name in ("copy_file_range", "sendfile"):
+            if any("<" in argument and self._relative(_path(argument)) for argument in arguments):
+                raise ValueError(f"no model of {match[0]}")
+            return
         number, _, _ = arguments[0].partition("<")
         if name == "write" and _text(arguments[1]) == self.told:
             yield Op("returned")
@@ -208,8 +212,9 @@ class _Reader:
         if path is None:
             return
         result, key = int(match["result"]), (number, path)
-        if name == "write":
-            yield Op("write", path, offset=self.places[key], data=_text(arguments[1])[:result])
+        if name in ("write", "writev"):
+            data = b"".join(map(_text, re.findall(r'"[^"]*"', match["args"])))[:result]
+            yield Op("write", path, offset=self.places[key], data=data)
             self.places[key] += result
         elif name == "pwrite64":
             yield Op("write", path, offset=int(arguments[3]), data=_text(arguments[1])[:result])
