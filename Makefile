@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check full clean-exit faults fuzz exact metrics-grid bench
+.PHONY: setup demo test check full clean-exit faults fuzz exact metrics-grid crash crash-peer bench
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
 
@@ -43,6 +43,12 @@ exact: setup  ## every resume of the exactness suite: samplers, datasets, worker
 
 metrics-grid: setup  ## 70,000 loops whose gathered results must be the dataset
 	$(BIN)/python -m pytest -m full tests/ranks/test_metrics_grid.py -s --timeout 0
+
+crash: setup  ## cut saves off at every call, by lost power and at random, and load what is left; needs strace
+	$(BIN)/python -m tests.crash.suite
+
+crash-peer: setup .peer  ## the same on Accelerate 1.15, which fails
+	-PYTHONPATH=.peer $(BIN)/python -m tests.crash.suite --states 500 --kills 300 --chunk 1
 
 bench: setup .peer  ## time this library against hand-written PyTorch and Accelerate 1.15
 	$(BIN)/python benchmarks/run.py

@@ -32,6 +32,7 @@ import torch
 from accelerate.checkpoint import commit, layout, manifest, train_state, weights
 from accelerate.core.errors import CheckpointError
 from tests.fault.mutate import NODES, TEXTS, changed_bytes, mutated
+from tests.support.checkpoint_files import write_safetensors, write_state, write_weights
 
 CRASHES = Path(__file__).with_name("crashes")
 MEMORY_LIMIT = 2**30
@@ -113,8 +114,8 @@ class Indices(Reader):
     def __init__(self, base: Path):
         super().__init__(base)
         state = {"x": torch.ones(2), "y": torch.zeros(3)}
-        weights.write_weights(state, self.folder / "model.safetensors", 8)
-        weights.write_safetensors({"secret": torch.ones(1)}, self.folder / "link.safetensors")
+        write_weights(state, self.folder / "model.safetensors", 8)
+        write_safetensors({"secret": torch.ones(1)}, self.folder / "link.safetensors")
         self.file = self.folder / layout.SAFE_WEIGHTS_INDEX_NAME
         self.good = [self.file.read_bytes()]
 
@@ -135,11 +136,11 @@ class Documents(Reader):
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=10)
         kinds = {"set": {1, 2}, 3: (4, float("nan")), "x": torch.ones(2), "y": torch.eye(2).bool(), "b": b"1"}
         for number, state in enumerate((optimizer.state_dict(), scheduler.state_dict(), kinds)):
-            train_state.write_state(self.folder, f"s{number}", state)
+            write_state(self.folder, f"s{number}", state)
             self.good.append((self.folder / f"s{number}.json").read_bytes())
         self.good.append(json.dumps({"format": 1, "num_tensors": 2, "state": NODES}).encode())
         tensors = {"x": torch.ones(4), "y": torch.ones(4, dtype=torch.uint8)}
-        weights.write_safetensors(tensors, self.folder / "optimizer.safetensors")
+        write_safetensors(tensors, self.folder / "optimizer.safetensors")
         self.file = self.folder / "optimizer.json"
 
     def read(self, content: bytes) -> None:
@@ -154,7 +155,7 @@ class Headers(Reader):
         super().__init__(base)
         self.file = self.folder / "model.safetensors"
         state = {"x": torch.ones(2), "y": torch.ones(3).half(), "z": torch.zeros(2, 0)}
-        weights.write_safetensors(state, self.file, {"t": "x"})
+        write_safetensors(state, self.file, {"t": "x"})
         self.headers, self.data = [], b""
         content = self.file.read_bytes()
         length = 8 + struct.unpack("<Q", content[:8])[0]

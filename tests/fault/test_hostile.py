@@ -16,6 +16,7 @@ import torch
 from accelerate.checkpoint import codec, commit, layout, manifest, train_state, weights
 from accelerate.core.errors import CheckpointError
 from tests.fault.bounded import MB, cost_of, size_of
+from tests.support.checkpoint_files import write_safetensors, write_state, write_weights
 from tests.unit.checkpoint.support import Counter, Run
 
 
@@ -46,7 +47,7 @@ def index(folder: Path, content: Any) -> Callable[[], Any]:
 def test_shards_elsewhere(tmp_path: Path, shard: str) -> None:
     folder = tmp_path / "m"
     folder.mkdir()
-    weights.write_safetensors({"x": torch.ones(1)}, tmp_path / "secret.safetensors")
+    write_safetensors({"x": torch.ones(1)}, tmp_path / "secret.safetensors")
     (folder / "link.safetensors").symlink_to(tmp_path / "secret.safetensors")
     os.mkfifo(folder / "pipe")
     text = costs_little(folder, index(folder, {"weight_map": {"x": shard}}))
@@ -154,8 +155,8 @@ def test_names_of_tensors_are_only_names(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "in" / "here"
     folder.mkdir(parents=True)
     before = sorted(str(path) for path in tmp_path.rglob("*"))
-    weights.write_weights({name: torch.ones(3), "other": torch.zeros(3)}, folder / "model.safetensors", 12)
-    weights.write_weights({name: torch.ones(3), "other": torch.zeros(3)}, folder / "pytorch_model.bin", 12)
+    write_weights({name: torch.ones(3), "other": torch.zeros(3)}, folder / "model.safetensors", 12)
+    write_weights({name: torch.ones(3), "other": torch.zeros(3)}, folder / "pytorch_model.bin", 12)
     written = {path.name for path in folder.iterdir()}
     assert written == {
         *(f"model-0000{number}-of-00002.safetensors" for number in (1, 2)), layout.SAFE_WEIGHTS_INDEX_NAME,
@@ -166,14 +167,14 @@ def test_names_of_tensors_are_only_names(tmp_path: Path, name: str) -> None:
         path.unlink()
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
-    train_state.write_state(folder, "custom_checkpoint_0", {name: torch.ones(2)})
+    write_state(folder, "custom_checkpoint_0", {name: torch.ones(2)})
     assert train_state.read_state(folder, "custom_checkpoint_0")[name].eq(1).all()
     assert sorted(os.listdir(folder)) == ["custom_checkpoint_0.json", "custom_checkpoint_0.safetensors"]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=ascii)
 def test_messages_spell_names_out(tmp_path: Path, name: str) -> None:
-    weights.write_safetensors({name: torch.ones(3)}, tmp_path / "model.safetensors")
+    write_safetensors({name: torch.ones(3)}, tmp_path / "model.safetensors")
     run = Run().having(models=[torch.nn.Linear(1, 1)])
     with pytest.raises(CheckpointError) as caught:
         run.load(tmp_path, strict=False)
@@ -280,16 +281,14 @@ TENSORS = {
 
 @pytest.mark.parametrize("name", TENSORS)
 def test_tensors_that_are_asked_for(tmp_path: Path, name: str) -> None:
-    weights.write_safetensors(
-        {"x": torch.ones(2**18), "i": torch.ones(3, dtype=torch.int64)}, tmp_path / "s.safetensors"
-    )
+    write_safetensors({"x": torch.ones(2**18), "i": torch.ones(3, dtype=torch.int64)}, tmp_path / "s.safetensors")
     (tmp_path / "s.json").write_bytes(document(TENSORS[name], 2))
     assert "s.json" in costs_little(tmp_path, lambda: train_state.read_state(tmp_path, "s"))
 
 
 def test_names_that_tie_themselves_to_one_tensor_are_no_tensors_of_a_state(tmp_path: Path) -> None:
     tied = {f"t{number}": "x" for number in range(999)}
-    weights.write_safetensors({"x": torch.ones(2**18)}, tmp_path / "s.safetensors", tied)
+    write_safetensors({"x": torch.ones(2**18)}, tmp_path / "s.safetensors", tied)
     state = "[" + ",".join(node("tensor", name=name) for name in ["x", *tied]) + "]"
     (tmp_path / "s.json").write_bytes(document(state, 1000))
     assert "1000 tensors are named, and 1 are there" in costs_little(
@@ -298,7 +297,7 @@ def test_names_that_tie_themselves_to_one_tensor_are_no_tensors_of_a_state(tmp_p
 
 
 def test_the_tensors_of_a_state_are_lost(tmp_path: Path) -> None:
-    train_state.write_state(tmp_path, "s", {"x": torch.ones(1)})
+    write_state(tmp_path, "s", {"x": torch.ones(1)})
     (tmp_path / "s.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"s\.safetensors, which is not there"):
         train_state.read_state(tmp_path, "s")
@@ -307,7 +306,7 @@ def test_the_tensors_of_a_state_are_lost(tmp_path: Path) -> None:
 def test_a_state_that_could_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("accelerate.checkpoint.documents.MAX_VALUES", 1000)
     with pytest.raises(CheckpointError, match=r"custom_checkpoint_0 has [\s\S]*as a tensor"):
-        train_state.write_state(tmp_path, "custom_checkpoint_0", list(range(2000)))
+        write_state(tmp_path, "custom_checkpoint_0", list(range(2000)))
     assert os.listdir(tmp_path) == []
 
 
@@ -315,10 +314,10 @@ def test_weights_that_could_not_be_read_are_not_written(tmp_path: Path, monkeypa
     state = {str(number): torch.ones(1) for number in range(20)}
     monkeypatch.setattr(weights, "MAX_TENSORS", 10)
     with pytest.raises(CheckpointError, match=r"model\.safetensors would name 20 tensors"):
-        weights.write_weights(state, tmp_path / "model.safetensors")
+        write_weights(state, tmp_path / "model.safetensors")
     monkeypatch.setattr(weights, "MAX_INDEXED", 10)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json would name"):
-        weights.write_weights(state, tmp_path / "model.safetensors", 4)
+        write_weights(state, tmp_path / "model.safetensors", 4)
 
 
 @pytest.mark.parametrize(

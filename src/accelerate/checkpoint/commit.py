@@ -22,7 +22,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import msgspec
@@ -60,10 +60,11 @@ class _Report:
 
 
 class _Journal(msgspec.Struct):
-    """Beside a complete state inside an older one: what has to go."""
+    """Beside a complete state inside an older one: what has to go, and what comes."""
 
     folder: str
     remove: list[str]
+    place: list[str] = []
 
 
 class _RankGone(CheckpointError):
@@ -192,6 +193,7 @@ def staged(
     final: Path,
     collectives: Collectives,
     *,
+    fresh: bool = False,
     stale: Callable[[Path], Iterable[str]] = nothing,
     finish: Finish = no_finish,
 ) -> Iterator[Path]:
@@ -199,7 +201,7 @@ def staged(
 
     Called on all ranks; collective: three exchanges of one small object. See `Staging` for the rest.
     """
-    staging = Staging(final, collectives, stale=stale)
+    staging = Staging(final, collectives, fresh=fresh, stale=stale)
     with staging.undone_if_not_whole():
         try:
             yield staging.folder
@@ -294,12 +296,11 @@ def _publish(
     written = set(durable.files_below(area.staging))
     for name in written:
         _check_replaceable(final, name)
-    journal = _Journal(area.staging.name, sorted(set(stale(final)) - written))
+    journal = _Journal(area.staging.name, sorted(set(stale(final)) - written), sorted(written))
     with disk_errors.about(area.root / layout.JOURNAL_NAME):
         (area.root / layout.JOURNAL_NAME).write_bytes(msgspec.json.encode(journal))
     durable.flush_tree(area.root)
     os.rename(area.root, final / layout.COMMIT_NAME)
-    durable.flush_folder(final)
     recover(final)
 
 
@@ -352,27 +353,41 @@ def recover(final: Path) -> bool:
     if not layout.is_file_name(journal.folder) or source.is_symlink():
         raise CheckpointError(explain(f"{pending} names the folder {journal.folder!r}.", remedy="Do not trust it."))
     with disk_errors.about(final):
-        _move_into_place(source, final, journal.remove)
+        _move_into_place(source, final, journal)
     return True
 
 
-def _move_into_place(source: Path, final: Path, remove: list[str]) -> None:
+def _move_into_place(source: Path, final: Path, journal: _Journal) -> None:
     moving = list(durable.files_below(source)) if source.is_dir() else []
-    for name in (*remove, *moving):
+    placed = {*journal.place, *moving}
+    for name in (*journal.remove, *placed):
         _check_inside(final, name)
-    for name in remove:
+    # All folders are flushed, also where nothing is left to do: an earlier attempt may have died before it flushed.
+    # First, so that the decision is on the disk before anything follows from it, and folders before files move there.
+    targets = _folders_of(final, placed)
+    for folder in targets:
+        folder.mkdir(exist_ok=True)
+    _flush(targets)
+    for name in journal.remove:
         (final / name).unlink(missing_ok=True)
-    changed = {final}
     for name in moving:
-        target = final / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(source / name, target)
-        changed.add(target.parent)
-    for folder in sorted(changed, reverse=True):
-        durable.flush_folder(folder)
-    # The journal last: without it the rest could not be finished.
+        os.replace(source / name, final / name)
+    _flush(_folders_of(final, placed | set(journal.remove)))
     shutil.rmtree(source, ignore_errors=True)
+    # The journal last, on the disk too: without it the rest could not be finished.
+    durable.flush_folder(final / layout.COMMIT_NAME)
     shutil.rmtree(final / layout.COMMIT_NAME)
+
+
+def _folders_of(final: Path, names: Iterable[str]) -> list[Path]:
+    """Return the folders of files below `final`, and those between, parents first."""
+    return sorted({final, *(final / folder for name in names for folder in PurePath(name).parents)})
+
+
+def _flush(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir():
+            durable.flush_folder(folder)
 
 
 def rotate(folders: Path, total_limit: int | None, newest: str) -> list[str]:
@@ -393,10 +408,13 @@ def rotate(folders: Path, total_limit: int | None, newest: str) -> list[str]:
             except OSError as error:
                 stuck = error
     removed = layout.plan_rotation(names, total_limit, newest)
+    aside = {name: folders / f"{layout.REMOVING_PREFIX}{name}" for name in removed}
     for name in removed:
-        aside = folders / f"{layout.REMOVING_PREFIX}{name}"
-        os.rename(folders / name, aside)
-        shutil.rmtree(aside)
+        os.rename(folders / name, aside[name])
+    if removed:
+        durable.flush_folder(folders)  # otherwise a power cut may undo the renames, and not what follows
+    for name in removed:
+        shutil.rmtree(aside[name])
     if stuck is not None:
         raise stuck
     return removed
