@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.ranks import free_port
+
 SHOW = """
 import json, os, sys
 print(json.dumps({
@@ -271,9 +273,7 @@ def test_two_processes_meet_on_the_cpu(place, monkeypatch, how):
 def test_two_launchers_meet_as_two_machines(place, monkeypatch, backend):
     monkeypatch.setenv("OUT", str(place / "out"))
     (place / "out").mkdir()
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     words = ["--cpu", "-n", "2", "--num_machines", "2", "--main_process_ip", "127.0.0.1", "--main_process_port", port]
     command = [sys.executable, "-m", "accelerate", "launch", *words, "--rdzv_backend", backend]
     command += ["--num_cpu_threads_per_process", "1"]

@@ -27,6 +27,7 @@ from torch.utils.data import (
 from ..core.errors import CheckpointError, explain
 from .samplers import (
     BatchSamplerShard,
+    Order,
     SeedableRandomSampler,
     SkipBatchSampler,
     draw_order,
@@ -173,6 +174,8 @@ class Feed:
         """The epoch to tell worker processes that outlast a pass: their copies of the dataset are not told otherwise."""
         self.seeds_each = False
         """Seed them for each batch, in place of once: then a dataset can go on from a state of its own."""
+        self._drawn_orders: list[Order] = []
+        self._was_finished = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _no_feed, ()  # a copy of its loader makes another one
@@ -218,7 +221,9 @@ class Feed:
         ahead = behind + max(1, self.loader.num_workers) * (self.loader.prefetch_factor or 2)
         self.kept: list[Any] = []
         self._recent: deque[Any] = deque(maxlen=ahead)
-        self._order = _order(source, begin, check, kept if begin else 0, self.kept, is_finished)
+        self._drawn_orders = []
+        self._was_finished = is_finished
+        self._order = _order(source, begin, check, kept if begin else 0, self.kept, self._drawn_orders, is_finished)
         self._following: Any = None
         self._primed = False
 
@@ -236,6 +241,16 @@ class Feed:
         if not self._primed and self._order is not None:
             self._following = next(self._order, None)
             self._primed = True
+
+    def finish_again(self) -> None:
+        """Leave the sampler as it is at the end of a pass, where that was undone when the pass had been opened.
+
+        Worker processes that read further ahead than batches are left have come to the end by then.
+        """
+        for order in self._drawn_orders:
+            if order.is_finished and not self._was_finished:
+                order.is_finished = False
+                order.finish()
 
     def __iter__(self) -> Iterator[Any]:
         if self.pass_seed is not None:
@@ -278,9 +293,18 @@ def _no_feed() -> None:
 
 
 def _order(
-    source: Source, begin: int, check: Check | None, wanted: int, kept: list[Any], is_finished: bool
+    source: Source,
+    begin: int,
+    check: Check | None,
+    wanted: int,
+    kept: list[Any],
+    drawn: list[Order],
+    is_finished: bool,
 ) -> Iterator[tuple[Any, Padding | None]]:
-    """Yield the batches from `begin` on; before that, put as many as are wanted from the start of the pass in `kept`."""
+    """Yield the batches from `begin` on; before that, put as many as are wanted from the start of the pass in `kept`.
+
+    A permutation is put in `drawn`.
+    """
     size = source.plan.batch_size or 1
     if source.in_samples:
         sampler = source.batches.sampler
@@ -294,6 +318,7 @@ def _order(
         if type(sampler) in (RandomSampler, SeedableRandomSampler) and is_permutation(sampler):
             draw = draw_order(sampler)
             draw.is_finished = is_finished
+            drawn.append(draw)
             if check is not None:
                 _verify(check, draw.order[check.at : check.at + check.rows].tolist(), sampler)
             kept += [chunk.tolist() for chunk in draw.order[: min(begin, wanted * size)].split(size)] if wanted else []

@@ -364,6 +364,7 @@ class Reader:
                 outer.restore()
                 if not self.iterable and self._source().is_drawn_first:
                     put_back(nodes, others, self._baseline)  # others may have drawn since from a shared generator
+                    self.feed.finish_again()
             return
         kept = opening(nodes, self._baseline)
         if not shares:

@@ -310,3 +310,25 @@ def test_a_stream_of_batches_that_nobody_can_look_into_goes_on_where_it_was(disp
             break
     again.load_position_state(loader.position_state())
     assert [[len(row) for row in batch.unbind()] for batch in again] == [[5, 6], [7, 8]]
+
+
+@pytest.mark.parametrize("taken", [1, 4, 5, 7])
+@pytest.mark.parametrize("sampler", ["a generator", "seedable"])
+def test_few_batches_that_workers_read_while_a_pass_is_opened(sampler: str, taken: int) -> None:
+    """More of them read ahead than did in the run that saved: the pass ends before it has begun."""
+
+    def loader(workers: int) -> Any:
+        generator = torch.Generator().manual_seed(3)
+        plain = DataLoader(range(24), batch_size=3, shuffle=True, generator=generator, num_workers=workers)
+        return prepare(plain, use_seedable_sampler=sampler == "seedable", data_seed=3)
+
+    first = loader(0)
+    batches = iter(first)
+    for _ in range(taken):
+        next(batches)
+    saved = first.position_state()
+    rest = [batch.tolist() for batch in batches]
+    second = loader(2)
+    second.load_position_state(saved)
+    assert numbers(second) == rest
+    assert numbers(second) == numbers(first)
