@@ -9,6 +9,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,8 @@ class Session:
         self.custom_objects: list[Any] = []
         self.save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self.load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
+        self.loaded_from: Path | None = None
+        """The checkpoint that was loaded last."""
         self.uneven: tuple[Any, ...] = ()
         """Those of the loaders whose ranks may end at different times."""
         self.joining = 0
