@@ -84,6 +84,7 @@ def train(
     )
     consumed = Consumed()
     accelerator.register_for_checkpointing(consumed)
+    accelerator.register_save_state_pre_hook(lambda *_: sender.at("saving"))
     sender.at("before")
     accelerator.resume(resume)
     for epoch in range(loader.position.epoch, epochs):
@@ -96,7 +97,6 @@ def train(
                 optimizer.zero_grad()
             consumed.add(accelerator.gather_for_metrics(ids))
             if save_each:
-                sender.at(f"save {epoch} {step}")
                 accelerator.save_state()
         # What a resumed run would leave out if it were stopped from here on.
         optimizer.param_groups[0]["weight_decay"] = 0.01 * (epoch + 1)

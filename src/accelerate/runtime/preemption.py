@@ -257,5 +257,7 @@ def _described(report: Report | None) -> str:
     if report.place is None:
         return "has ended"
     stretch, step = report.place
-    where = f"place {step} of stretch {stretch} of its loops"
+    where = (
+        f"place {step} {'behind the last batch' if stretch % 2 else 'between the batches'} of loop {stretch // 2 + 1}"
+    )
     return f"waits at {where}" if report.stands else f"comes to {where} next"
