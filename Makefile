@@ -15,7 +15,8 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup  ## learn handwritten digits with two processes
-	$(BIN)/accelerate launch --cpu --num_processes 2 examples/digits/train.py
+	rm -rf output/demo  # a run from the beginning needs a folder without checkpoints
+	$(BIN)/accelerate launch --cpu --num_processes 2 examples/digits/train.py --folder output/demo
 
 check: setup  ## style and types
 	$(BIN)/ruff check .

@@ -846,7 +846,8 @@ class Accelerator:
             The folder that was loaded, or `None`.
 
         Raises:
-            SettingError: (a `ValueError`) if `auto` has no folder to look in: it needs automatic naming.
+            SettingError: (a `ValueError`) if `auto` has no folder to look in: it needs automatic naming. Also if the run
+                starts from the beginning, and its first checkpoint would be refused, since its folder exists.
             CheckpointError: If there are checkpoints, and none that is complete.
         """
         return session_preempt.resume(self._session, checkpoint, self.load_state)

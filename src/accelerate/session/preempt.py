@@ -45,8 +45,11 @@ def _leave(session: Session, save: Callable[[], Path], reason: str) -> NoReturn:
     watch = preemption.current
     if watch is not None and session.optimizers:
         forget_evaluations(session.dataloaders, watch)
+    project, runtime = session.plan.settings.project, session.plan.runtime
+    # What an earlier run left in the folder must not have this save refused, which cannot be repeated.
+    project.iteration = runtime.collectives.broadcast_object(max(project.iteration, _first_free(project)))
     folder = save()
-    process = session.plan.runtime.process
+    process = runtime.process
     note = env.get(NOTE_VARIABLE)
     if note is not None:
         if process.local_rank == 0:
@@ -73,16 +76,20 @@ def resume(session: Session, asked: str | Path | None, load: Callable[[str | Non
         The folder; `None` if the run starts from the beginning.
 
     Raises:
-        SettingError: (a `ValueError`) if `auto` has no folder to look in.
+        SettingError: (a `ValueError`) if `auto` has no folder to look in; or if nothing is to be loaded, and the folder
+            of the first checkpoint exists already.
         CheckpointError: If there are checkpoints and none is complete.
     """
     settings, runtime = session.plan.settings, session.plan.runtime
     if asked is None:
         asked = resuming.pending
         if asked is None:  # nothing was asked for, or it is done already
+            if session.loaded_from is None and settings.resume is None:
+                _refuse_full_folder(session)
             return session.loaded_from
     if str(asked) == "off":
         resuming.fulfil()
+        _refuse_full_folder(session)
         return None
     if str(asked) == "auto":
         folder = _folder_of(settings.project)
@@ -117,4 +124,29 @@ def _folder_of(project: ProjectConfiguration) -> Path:
 
 def _holds_any(folder: Path) -> bool:
     """Tell whether there is a checkpoint of any kind, also a damaged one. A first save that was cut off is none."""
-    return folder.is_dir() and bool(layout.newest_first(path.name for path in folder.iterdir()))
+    return bool(_saved(folder))
+
+
+def _saved(folder: Path) -> list[str]:
+    return layout.newest_first(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def _first_free(project: ProjectConfiguration) -> int:
+    newest = next(iter(_saved(checkpoints_folder(project))), "")
+    return (layout.checkpoint_number(newest) or 0) + 1 if newest else 0
+
+
+def _refuse_full_folder(session: Session) -> None:
+    """Refuse a run from the beginning whose first save would be refused. Collective with automatic naming."""
+    project, runtime = session.plan.settings.project, session.plan.runtime
+    if not (project.automatic_checkpoint_naming and project.project_dir):
+        return
+    first = layout.checkpoint_folder(Path(project.project_dir).expanduser(), project.iteration)
+    if runtime.collectives.broadcast_object(first.exists()):
+        raise SettingError(
+            explain(
+                f"The run starts from the beginning, and the folder of its first checkpoint exists already: {first}.",
+                accepted="a project_dir without checkpoints, or a run that continues",
+                remedy="Launch with --resume auto to continue, or name another project_dir, or remove the folder.",
+            )
+        )

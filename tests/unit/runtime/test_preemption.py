@@ -8,8 +8,10 @@ import threading
 
 import pytest
 
+from accelerate import Accelerator
 from accelerate.core.errors import SettingError
 from accelerate.runtime import preemption, state
+from accelerate.utils import Preempted, ProjectConfiguration
 
 BOTH = ("SIGTERM", "SIGUSR1")
 
@@ -56,6 +58,18 @@ def test_a_signal_while_it_saves_is_ignored_with_a_word(start, capfd):
     with pytest.raises(Left):
         watch.reach()
     assert capfd.readouterr().err == "accelerate: SIGTERM again: rank 0 is saving already.\n"
+
+
+def test_what_an_earlier_run_left_does_not_have_the_save_refused(tmp_path):
+    for name in ("checkpoint_0", "checkpoint_9", "checkpoint_10"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    project = ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True, save_on_signals=("SIGTERM",))
+    accelerator = Accelerator(cpu=True, project_config=project)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(Preempted) as left:
+        accelerator.check_preemption()
+    assert left.value.folder == tmp_path / "checkpoints" / "checkpoint_11"
+    assert left.value.code == 75
 
 
 def test_handlers_are_put_back(start):

@@ -57,14 +57,23 @@ def test_a_folder_is_loaded(saved, monkeypatch):
 def test_without_the_flag_nothing_is_loaded(saved, monkeypatch, text, capsys):
     if text is not None:
         monkeypatch.setenv("ACCELERATE_RESUME", text)
-    accelerator, _ = new(saved)
+    accelerator, _ = new(saved / "other")
     assert accelerator.resume() is None
     assert capsys.readouterr().err == ""
+    accelerator, _ = new(saved)
     assert accelerator.resume("auto") == saved / "checkpoints" / "checkpoint_1"
 
 
-def test_a_script_may_say_off(saved, auto):
+def test_a_run_from_the_beginning_in_a_folder_with_checkpoints_is_refused_before_it_begins(saved):
     accelerator, _ = new(saved)
+    with pytest.raises(SettingError, match="checkpoint_0.\nAccepted.*\nLaunch with --resume auto"):
+        accelerator.resume()
+    accelerator.project_configuration.iteration = 2
+    assert accelerator.resume() is None
+
+
+def test_a_script_may_say_off(tmp_path, auto):
+    accelerator, _ = new(tmp_path)
     assert accelerator.resume("off") is None
     assert list(accelerator.prepare(torch.utils.data.DataLoader([1])))
 
@@ -124,8 +133,8 @@ def test_load_state_does_as_well(saved, auto):
     ],
     ids=["loop", "position", "save"],
 )
-def test_a_script_that_never_loads_does_not_begin_from_scratch(saved, auto, begin, named):
-    accelerator, _ = new(saved)
+def test_a_script_that_never_loads_does_not_begin_from_scratch(tmp_path, auto, begin, named):
+    accelerator, _ = new(tmp_path)
     loader = accelerator.prepare(torch.utils.data.DataLoader(torch.arange(4)))
     with pytest.raises(SettingError, match=rf"{named}, and the run was launched to continue \(--resume auto"):
         begin(accelerator, loader)
