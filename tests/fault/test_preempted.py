@@ -132,3 +132,20 @@ def test_the_exception_lets_finally_run_and_ends_the_script_with_75(tmp_path):
     assert done.returncode == 75
     assert done.stdout.splitlines() == ["caught checkpoint_0 rank 0 received SIGTERM", "finally"]
     assert "Traceback" not in done.stderr
+
+
+def test_an_iterator_that_is_left_open_until_the_end_of_the_process_is_no_trouble(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from accelerate import Accelerator\n"
+        "from accelerate.utils import ProjectConfiguration\n"
+        "project = ProjectConfiguration(sys.argv[1], automatic_checkpoint_naming=True, save_on_signals=('SIGTERM',))\n"
+        "accelerator = Accelerator(cpu=True, project_config=project)\n"
+        "loader = iter(accelerator.prepare(torch.utils.data.DataLoader(torch.arange(9))))\n"
+        "next(loader)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path)], capture_output=True, text=True, timeout=60, env=environment()
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -193,7 +193,9 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
             if mark.finished:  # zip, for example, does not ask for more than it needs
                 mark.close()
             self.leave()
-            if watch is not None:
+            if (
+                watch is not None and not watch.is_closed
+            ):  # an iterator may outlive the modules at the end of the process
                 borders.end(self, watch)
             raise
         except BaseException:

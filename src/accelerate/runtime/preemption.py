@@ -58,6 +58,7 @@ class Watch:
         self._called = self._leaving = False
         self._spoken: Place | None = None
         self._main_speaks = False
+        self.is_closed = False
         self._lock = threading.Lock()
         self._before: dict[int, Any] = {}
         self._crossing: Crossing | None = None
@@ -196,6 +197,7 @@ class Watch:
 
     def close(self) -> None:
         """Put the handlers back that were there before, and end the thread."""
+        self.is_closed = True
         for number, handler in self._before.items():
             if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == self._receive:
                 signal.signal(number, handler)
