@@ -96,11 +96,12 @@ def run_until_terminated(processes: int, folder: Path, *options: str) -> int:
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_terminated_in_mid_epoch_it_goes_on_with_another_number_of_processes(first, then, tmp_path):
+def test_terminated_it_goes_on_with_another_number_of_processes(first, then, tmp_path):
     whole = run(first, tmp_path / "whole", "--epochs", "5")
     assert whole.consumed.startswith(f"consumed {5 * 1408} samples")
     samples = run_until_terminated(first, tmp_path / "parts", "--epochs", "5")
-    assert 0 < samples % 1408
+    # After any batch; on a busy machine before the first one of the third epoch. Exact places: tests/fault/preempted.py.
+    assert 2 * 1408 <= samples < 5 * 1408
     parts = run(then, tmp_path / "parts", "--epochs", "5", resume=True)
     assert parts.consumed == whole.consumed
     assert parts.accuracy == whole.accuracy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.core.errors import CheckpointError, SettingError
 from accelerate.session.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import Preempted, ProjectConfiguration
 
 
 def new(folder: Path | None) -> tuple[Accelerator, torch.nn.Module]:
@@ -140,3 +141,27 @@ def test_a_script_that_never_loads_does_not_begin_from_scratch(tmp_path, auto, b
         begin(accelerator, loader)
     accelerator.resume()
     begin(accelerator, loader)
+
+
+def test_an_evaluation_that_was_stopped_begins_at_its_start_in_the_resumed_run(tmp_path, monkeypatch):
+    def begin():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        project = ProjectConfiguration(str(tmp_path), automatic_checkpoint_naming=True, save_on_signals=("SIGTERM",))
+        accelerator = Accelerator(cpu=True, project_config=project)
+        model = torch.nn.Linear(1, 1)
+        loaders = [torch.utils.data.DataLoader(torch.arange(4)) for _ in range(2)]
+        return accelerator, *accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), *loaders)
+
+    accelerator, model, optimizer, training, evaluation = begin()
+    for _ in training:
+        accelerator.backward(model(torch.ones(1, 1)).sum())
+        optimizer.step()
+    with pytest.raises(Preempted):
+        for _ in evaluation:
+            signal.raise_signal(signal.SIGTERM)
+            accelerator.check_preemption()
+    monkeypatch.setenv("ACCELERATE_RESUME", "auto")
+    accelerator, _, _, training, evaluation = begin()
+    accelerator.resume()
+    assert (training.position.epoch, training.position.step) == (1, 0)
+    assert [batch.item() for batch in evaluation] == [0, 1, 2, 3]
