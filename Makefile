@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check full clean-exit exact metrics-grid bench
+.PHONY: setup demo test check full clean-exit exact metrics-grid preemption bench
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
 
@@ -37,6 +37,9 @@ exact: setup  ## every resume of the exactness suite: samplers, datasets, worker
 
 metrics-grid: setup  ## 70,000 loops whose gathered results must be the dataset
 	$(BIN)/python -m pytest -m full tests/ranks/test_metrics_grid.py -s --timeout 0
+
+preemption: setup  ## runs of 1, 2 and 3 processes, told to end at every kind of place and continued on 1, 2 and 3
+	$(BIN)/python -m pytest -m "full or not full" tests/ranks/test_preemption_ranks.py tests/fault/test_preempted.py -s --timeout 0
 
 bench: setup .peer  ## time this library against hand-written PyTorch and Accelerate 1.15
 	$(BIN)/python benchmarks/run.py
