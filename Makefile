@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check full clean-exit faults fuzz exact metrics-grid crash crash-peer bench
+.PHONY: setup demo test check full clean-exit faults fuzz exact metrics-grid crash crash-peer preemption bench
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
 
@@ -15,7 +15,8 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup  ## learn handwritten digits with two processes
-	$(BIN)/accelerate launch --cpu --num_processes 2 examples/digits/train.py
+	rm -rf output/demo  # a run from the beginning needs a folder without checkpoints
+	$(BIN)/accelerate launch --cpu --num_processes 2 examples/digits/train.py --folder output/demo
 
 check: setup  ## style and types
 	$(BIN)/ruff check .
@@ -49,6 +50,9 @@ crash: setup  ## cut saves off at every call, by lost power and at random, and l
 
 crash-peer: setup .peer  ## the same on Accelerate 1.15, which fails
 	-PYTHONPATH=.peer $(BIN)/python -m tests.crash.suite --states 500 --kills 300 --chunk 1
+
+preemption: setup  ## runs of 1, 2 and 3 processes, told to end at every kind of place and continued on 1, 2 and 3
+	$(BIN)/python -m pytest -m "full or not full" tests/ranks/test_preemption_ranks.py tests/fault/test_preempted.py -s --timeout 0
 
 bench: setup .peer  ## time this library against hand-written PyTorch and Accelerate 1.15
 	$(BIN)/python benchmarks/run.py

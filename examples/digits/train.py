@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 from pathlib import Path
 
 import torch
@@ -11,13 +10,14 @@ from proof import Consumed
 from torch import nn
 
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, tqdm
+from accelerate.utils import DataLoaderConfiguration, ProjectConfiguration, tqdm
 from data import loaders, network
 
 
-def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -> None:
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(global_batch_size=batch_size))
-    signal.signal(signal.SIGTERM, lambda *_: accelerator.set_trigger())
+def train(epochs: int, stop: int, batch_size: int, folder: Path) -> None:
+    project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, save_on_signals=("SIGTERM",))
+    data = DataLoaderConfiguration(global_batch_size=batch_size)
+    accelerator = Accelerator(project_config=project, dataloader_config=data)
     torch.manual_seed(0)
     train_loader, test_loader = loaders(batch_size)
     model = network()
@@ -27,9 +27,7 @@ def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -
     model, optimizer, scheduler, train_loader, test_loader = prepared
     consumed = Consumed()
     accelerator.register_for_checkpointing(consumed)
-
-    if resume:
-        accelerator.load_state(folder / "checkpoint")
+    accelerator.resume()  # with `accelerate launch --resume auto`
 
     for epoch in range(train_loader.position.epoch, min(epochs, stop)):
         model.train()
@@ -43,13 +41,9 @@ def train(epochs: int, stop: int, batch_size: int, folder: Path, resume: bool) -
                 scheduler.step()
                 optimizer.zero_grad()
             consumed.add(accelerator.gather_for_metrics(ids))
-            if accelerator.check_trigger():  # some process was asked to end
-                accelerator.save_state(folder / "checkpoint")
-                accelerator.print(f"stopped at {train_loader.position}, {consumed}")
-                return
         accuracy, count = evaluate(model, test_loader, accelerator)
         accelerator.print(f"epoch {epoch}: accuracy {accuracy:.2%} on {count} samples")
-        accelerator.save_state(folder / "checkpoint")
+        accelerator.save_state()
 
     accuracy, count = evaluate(model, test_loader, accelerator)
     accelerator.save_model(model, folder)
@@ -75,10 +69,5 @@ if __name__ == "__main__":
     parser.add_argument("--stop-after", type=int, help="end after this epoch, to be resumed later")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--folder", type=Path, default=Path("output/digits"))
-    parser.add_argument(
-        "--resume",
-        action="store_true",
-        help="continue from the last checkpoint in the folder",
-    )
     options = parser.parse_args()
-    train(options.epochs, options.stop_after or options.epochs, options.batch_size, options.folder, options.resume)
+    train(options.epochs, options.stop_after or options.epochs, options.batch_size, options.folder)

@@ -26,7 +26,7 @@ from .parallel.choose import choose
 from .parallel.ddp import sync_in_backward, verify_device_map
 from .parallel.plan import ParallelPlan
 from .parallel.unwrap import extract_model_from_parallel
-from .runtime import ops
+from .runtime import ops, preemption, resuming
 from .runtime.accumulation import GradientState
 from .runtime.log import get_logger
 from .runtime.memory import clear_device_cache
@@ -34,6 +34,7 @@ from .runtime.rng import check_fit
 from .runtime.state import Runtime
 from .session import load as session_load
 from .session import metrics, uneven
+from .session import preempt as session_preempt
 from .session import prepare as session_prepare
 from .session import profile as session_profile
 from .session import save as session_save
@@ -156,11 +157,12 @@ class Accelerator:
         )
         try:
             plan = self._plan(settings)
+            self._session = Session(plan, choose(plan))
+            session_preempt.watch_signals(self._session, self.save_state)
         except AccelerateError:
             if not existed:  # a call that failed must leave nothing for the next one to contradict
                 AcceleratorState._reset_state()
             raise
-        self._session = Session(plan, choose(plan))
         self._keep_public_attributes(plan)
 
     def _plan(self, settings: Settings) -> ParallelPlan:
@@ -598,6 +600,19 @@ class Accelerator:
         options = profile_handler or self.profile_handler or ProfileKwargs()
         return session_profile.profile(self.state._runtime, options)
 
+    def check_preemption(self) -> None:
+        """Let the run save itself and end here, if a signal has asked for it. Called on all ranks.
+
+        Loops over prepared loaders do so between the batches they train on. Call it where else a resumed script goes on
+        rightly: in loops without prepared loaders, or in a long evaluation, which it does not repeat then. Costs nothing
+        while no signal of `ProjectConfiguration.save_on_signals` has come; then it is collective.
+
+        Raises:
+            Preempted: (a `SystemExit`) on all ranks, when everything is saved.
+        """
+        if preemption.current is not None:
+            preemption.current.reach()
+
     # Gather ------------------------------------------------------------------------------------------------------
 
     def gather(self, tensor: Any) -> Any:
@@ -786,6 +801,7 @@ class Accelerator:
                 has failed raises in its handle, or in the next of the calls that wait for it.
         """
         _refuse_keywords("save_state", save_model_func_kwargs)
+        resuming.check("save_state() was called")
         session = self._session
         if session.scaling is not None:
             session.scaling.update_if_waiting()
@@ -838,6 +854,29 @@ class Accelerator:
             load_model_kwargs=keywords,
         )
         session.windows.load_state_dict(loaded.windows, loaded.step)
+        session.loaded_from = loaded.folder
+        resuming.fulfil()
+
+    def resume(self, checkpoint: str | Path | None = None) -> Path | None:
+        """Continue what the launch asks to continue. Called on all ranks, before the first batch; collective.
+
+        Call it when everything is prepared and registered. `accelerate launch --resume auto` then continues from the
+        newest complete checkpoint, or starts from the beginning, and says so, if there is none at all; `--resume FOLDER`
+        from that one; without the flag it does nothing. A script that was launched with `--resume` and neither calls
+        this nor `load_state` raises at its first batch.
+
+        Args:
+            checkpoint: `"auto"`, `"off"` or a folder, in place of what the launch says.
+
+        Returns:
+            The folder that was loaded, or `None`.
+
+        Raises:
+            SettingError: (a `ValueError`) if `auto` has no folder to look in: it needs automatic naming. Also if the run
+                starts from the beginning, and its first checkpoint would be refused, since its folder exists.
+            CheckpointError: If there are checkpoints, and none that is complete.
+        """
+        return session_preempt.resume(self._session, checkpoint, self.load_state)
 
     # End ---------------------------------------------------------------------------------------------------------
 
@@ -873,7 +912,9 @@ class Accelerator:
         )
 
     def end_training(self) -> None:
-        """Wait for a save that still runs, and leave the process group. Called on all ranks, at the end of the script.
+        """Wait for a save that still runs, let signals have their usual effect, and leave the process group.
+
+        Called on all ranks, at the end of the script.
 
         Raises:
             CheckpointError: On all ranks, if a save in the background failed and nobody has heard of it.
@@ -881,6 +922,7 @@ class Accelerator:
         try:
             self._session.saving.release()
         finally:
+            preemption.stop()
             self.state.destroy_process_group()
 
     def __enter__(self) -> Self:

@@ -38,6 +38,7 @@ ADDED = {
     "accelerate.accelerator.Accelerator.gather_for_metrics.dataloader": "says which of several loops results are from",
     "accelerate.utils.dataclasses.AutocastKwargs.outputs_to_fp32": "keeps half-precision outputs, which saves a copy",
     "accelerate.utils.dataclasses.DataLoaderConfiguration.global_batch_size": "the total, whatever the number of ranks",
+    "accelerate.utils.dataclasses.ProjectConfiguration.save_on_signals": "a run that saves itself when it is to end",
     "accelerate.utils.dataclasses.DataLoaderConfiguration.prefetch": "batches reach the device ahead of their use",
     "accelerate.data_loader.prepare_data_loader.global_batch_size": "the same option, for loaders prepared by hand",
     "accelerate.data_loader.prepare_data_loader.prefetch": "the same option, for loaders prepared by hand",

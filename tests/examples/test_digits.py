@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from accelerate.checkpoint.train_state import read_state
+
 FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 LAST_LINE = re.compile(r"accuracy ([\d.]+)% on (\d+) test samples; model saved in (.+)")
-STOPPED = re.compile(
-    r"stopped at Position\(epoch=(\d+), step=(\d+), samples=(\d+)\), consumed (\d+) samples, sha256 \w+"
-)
+STOPPED = re.compile(r"accelerate: rank \d received SIGTERM: the run saved itself in (\S+) and ends; .*")
 
 
 class Ended(NamedTuple):
@@ -30,8 +30,12 @@ class Ended(NamedTuple):
     consumed: str
 
 
-def command(processes: int, folder: Path, *options: str) -> list[str]:
-    launcher = [] if processes == 1 else ["-m", "accelerate", "launch", "--cpu", "--num_processes", str(processes)]
+def command(processes: int, folder: Path, *options: str, resume: bool = False) -> list[str]:
+    launcher = ["-m", "accelerate", "launch", "--cpu", "--num_processes", str(processes)]
+    if resume:
+        launcher += ["--resume", "auto"]
+    elif processes == 1:
+        launcher = []
     return [sys.executable, *launcher, str(FOLDER / "train.py"), "--folder", str(folder), *options]
 
 
@@ -39,8 +43,9 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
-def run(processes: int, folder: Path, *options: str) -> Ended:
-    done = subprocess.run(command(processes, folder, *options), capture_output=True, text=True, env=environment())
+def run(processes: int, folder: Path, *options: str, resume: bool = False) -> Ended:
+    words = command(processes, folder, *options, resume=resume)
+    done = subprocess.run(words, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, done.stdout + done.stderr
     *_, consumed, last_line = done.stdout.strip().splitlines()
     last = LAST_LINE.fullmatch(last_line)
@@ -60,13 +65,13 @@ def test_it_learns_and_counts_every_sample_once(processes, tmp_path):
 def test_stopping_and_resuming_gives_the_weights_of_one_run(tmp_path):
     run(2, tmp_path / "whole", "--epochs", "3")
     run(2, tmp_path / "parts", "--epochs", "3", "--stop-after", "1")
-    run(2, tmp_path / "parts", "--epochs", "3", "--resume")
+    run(2, tmp_path / "parts", "--epochs", "3", resume=True)
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all((whole[name] == parts[name]).all() for name in whole)
 
 
-def run_until_terminated(processes: int, folder: Path, *options: str) -> tuple[int, int, int]:
-    """Send SIGTERM in the third epoch; return the position the run says it stopped at."""
+def run_until_terminated(processes: int, folder: Path, *options: str) -> int:
+    """Send SIGTERM in the third epoch; return how many samples the run had trained on when it saved itself."""
     with (
         (folder.parent / f"{folder.name}.stderr").open("w+") as errors,
         subprocess.Popen(
@@ -82,22 +87,22 @@ def run_until_terminated(processes: int, folder: Path, *options: str) -> tuple[i
         rest = launched.stdout.read()
         status = launched.wait()
         errors.seek(0)
-        assert status == (0 if processes == 1 else 128 + signal.SIGTERM), rest + errors.read()
-    stopped = STOPPED.search(rest)
-    assert stopped, rest
+        told = errors.read()
+    assert status == 75, rest + told
+    stopped = STOPPED.search(told)
+    assert stopped, told
     assert "test samples" not in rest
-    epoch, step, samples, consumed = map(int, stopped.groups())
-    assert consumed == epoch * 1408 + samples == epoch * 1408 + step * 32
-    return epoch, step, samples
+    return read_state(Path(stopped[1]), "custom_checkpoint_0")["count"]
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
-def test_terminated_in_mid_epoch_it_goes_on_with_another_number_of_processes(first, then, tmp_path):
+def test_terminated_it_goes_on_with_another_number_of_processes(first, then, tmp_path):
     whole = run(first, tmp_path / "whole", "--epochs", "5")
     assert whole.consumed.startswith(f"consumed {5 * 1408} samples")
-    _, step, _ = run_until_terminated(first, tmp_path / "parts", "--epochs", "5")
-    assert 0 < step < 44
-    parts = run(then, tmp_path / "parts", "--epochs", "5", "--resume")
+    samples = run_until_terminated(first, tmp_path / "parts", "--epochs", "5")
+    # After any batch; on a busy machine before the first one of the third epoch. Exact places: tests/fault/preempted.py.
+    assert 2 * 1408 <= samples < 5 * 1408
+    parts = run(then, tmp_path / "parts", "--epochs", "5", resume=True)
     assert parts.consumed == whole.consumed
     assert parts.accuracy == whole.accuracy
     weights, expected = load_file(parts.model), load_file(whole.model)
@@ -110,4 +115,5 @@ def test_the_plain_loop_and_ours_differ_in_few_lines():
     plain, ours = ([line.strip() for line in text.splitlines()] for text in texts)  # as `diff -w` reads them
     changed = [line for line in difflib.ndiff(plain, ours) if line[0] in "+-"]
     assert len([line for line in changed if line[0] == "+"]) <= 30
-    assert len([line for line in changed if line[0] == "-"]) <= 24
+    # Of these, saving and continuing by hand are a dozen.
+    assert len([line for line in changed if line[0] == "-"]) <= 34

@@ -64,6 +64,18 @@ def test_examples_of_data_do_what_they_say(tmp_path):
         run(example, tmp_path)
 
 
+def test_the_example_of_a_run_that_saves_itself_runs_and_resumes(tmp_path):
+    (example,) = blocks("docs/explain/preemption.md")
+    example = example.replace("sys.argv[1]", repr(str(tmp_path)))
+    # Where the second epoch begins it is told to end; what would come after it is never run.
+    stopping = example.replace(
+        "    for batch in loader:", "    signal.raise_signal(signal.SIGTERM)\n    for batch in loader:"
+    )
+    with pytest.raises(AssertionError, match="the run saved itself"):
+        run(f"import signal\n{stopping}", tmp_path)
+    run(example, tmp_path, "-m", "accelerate", "launch", "--resume", "auto")
+
+
 def test_every_link_in_the_documentation_leads_somewhere():
     pages = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
     for page in pages:

@@ -109,6 +109,23 @@ MACHINES = (
 )
 
 WORKERS = (
+    Option(
+        "resume",
+        "Continue a run whose script calls accelerator.resume(): `auto` from its newest complete checkpoint, or from the "
+        "beginning if there is none; or from the checkpoint FOLDER. `off` by default.",
+        shown="auto|off|FOLDER",
+    ),
+    Option(
+        "save_on_signals",
+        "Signals on which the run saves itself and ends with status 75, such as SIGTERM,SIGUSR1.",
+        shown="NAMES",
+    ),
+    Option(
+        "grace_seconds",
+        "How long processes may take to save themselves when the launcher is asked to end, before they are killed; 30 by "
+        "default.",
+        int,
+    ),
     Option("max_restarts", "How often failed workers are started again.", int, 0),
     Option("monitor_interval", "Seconds between two looks at the workers.", float, 0.1),
     Option(

@@ -30,6 +30,7 @@ from ..runtime.ops import send_to_device
 from ..runtime.partial_state import PartialState
 from ..runtime.rng import synchronize_rng_states
 from ..runtime.state import Runtime
+from . import borders
 from .agreement import settle_left
 from .cutting import Cut, Cutter, Shares, count_rows
 from .loader import NOTHING, DataLoaderAdapter, placement
@@ -165,6 +166,7 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         return self._walk()
 
     def _walk(self) -> Iterator[Any]:
+        watch = borders.before_pass(self)
         runtime = state.current_or_single()
         settle_left(self.gradient_state)
         place, mark = self._placement(runtime), self._mark
@@ -180,13 +182,21 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
                     self.remainder = given.observed
                 mark.padding = given.padding
                 mark.steps_given += 1
+                if watch is not None:
+                    borders.give(self, watch)
                 yield given.batch if place is None else place(given.batch)
                 if mark.loads != loads:
                     self._check_loads(loads)
+                if watch is not None:
+                    borders.after_body(self, watch)
         except GeneratorExit:
             if mark.finished:  # zip, for example, does not ask for more than it needs
                 mark.close()
             self.leave()
+            if (
+                watch is not None and not watch.is_closed
+            ):  # an iterator may outlive the modules at the end of the process
+                borders.end(self, watch)
             raise
         except BaseException:
             self.end()
@@ -194,6 +204,8 @@ class DataLoaderDispatcher(DataLoaderAdapter, DataLoaderStateMixin):
         mark.close()
         self.adjust_state_dict_for_prefetch()
         self.end()
+        if watch is not None:
+            borders.end(self, watch)
 
     def _placement(self, runtime: Runtime) -> Callable[[Any], Any] | None:
         if self.device is None or torch.device(self.device) == runtime.device:

@@ -25,6 +25,7 @@ from ..runtime import state
 from ..runtime.accumulation import GradientState
 from ..runtime.ops import send_to_device
 from ..runtime.rng import synchronize_rng_states
+from . import borders
 from .agreement import Agreement, settle_left
 from .loop import DataLoaderStateMixin
 from .position import Bookmark, Place
@@ -297,6 +298,7 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         return self._walk()
 
     def _walk(self) -> Iterator[Any]:
+        watch = borders.before_pass(self)
         settle_left(self.gradient_state)
         place = placement(self.device, self._non_blocking or self.prefetches)
         ahead = self.prefetches and place is not None and self.device is not None
@@ -318,13 +320,21 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
                 mark.padding = padding
                 if last:
                     self.end_of_dataloader = mark.finished = True
+                if watch is not None:
+                    borders.give(self, watch)
                 yield batch if place is None else place(batch)
                 if mark.loads != loads:
                     self._check_loads(loads)
+                if watch is not None:
+                    borders.after_body(self, watch)
         except GeneratorExit:
             if mark.finished:  # zip, for example, does not ask for more than it needs
                 mark.close()
             self.leave()
+            if (
+                watch is not None and not watch.is_closed
+            ):  # an iterator may outlive the modules at the end of the process
+                borders.end(self, watch)
             raise
         except BaseException:
             self.end()
@@ -332,6 +342,8 @@ class DataLoaderShard(DataLoaderAdapter, DataLoaderStateMixin):
         mark.close()
         self.adjust_state_dict_for_prefetch()
         self.end()
+        if watch is not None:
+            borders.end(self, watch)
 
     def __len__(self) -> int:
         return max(0, super().__len__() - self.skip_batches)

@@ -10,6 +10,7 @@ import warnings
 from typing import Any
 
 from ..core.errors import CheckpointError, explain
+from ..runtime import resuming
 from ..runtime.accumulation import GradientState
 from .position import Bookmark, Place, Position
 from .reader import Reader
@@ -79,6 +80,7 @@ class DataLoaderStateMixin:
     @property
     def position(self) -> Position:
         """Where outer loops start: after `load_state` where the run was, else where the loader is."""
+        resuming.check("The position of a loader was read")
         epoch, place, done = self._mark.now()
         return Position(epoch, *((0, 0) if place is None else self._reader.progress(place, done)))
 

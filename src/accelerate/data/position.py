@@ -167,6 +167,14 @@ class Bookmark:
         """The `id` of the loader that reads the pass: this one, or one that `skip_first_batches` made of it."""
         self.has_workers = False
         """Whether worker processes were made that last until the end of the run."""
+        self.trains = False
+        """Whether loops over the loader are known to train; see `data.borders`, as for the next three."""
+        self.work = 0
+        """How much had been trained in the run when the last batch was given."""
+        self.work_before = 0
+        """How much had been when the pass began."""
+        self.left_idle = False
+        """Whether the last pass was broken off, and nothing had been trained in it."""
 
     def open(self, place: Place, feed: Feed | None = None, trail: Trail | None = None) -> None:
         """Begin a pass, or go on with one, whose indices come from `feed`, or whose batches are noted in `trail`."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import DistNetworkError  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -22,9 +24,11 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from ..core.errors import LaunchError, SettingError, explain
+from ..core.leaving import NOTE_VARIABLE
 from ..settings import env
 from .plan import LaunchPlan
-from .report import Failure, WorkersFailed
+from .report import Failure, RunPreempted, WorkersFailed
+from .signals import passing_on_to_children
 
 
 def run(plan: LaunchPlan) -> None:
@@ -38,16 +42,33 @@ def run(plan: LaunchPlan) -> None:
 
 
 def start(plan: LaunchPlan, entry: str | Callable[..., Any], arguments: Sequence[Any], config: LaunchConfig) -> None:
-    """Start `entry` in the processes of `plan` and wait for them."""
+    """Start `entry` in the processes of `plan` and wait for them.
+
+    Raises:
+        RunPreempted: If the run saved itself on a signal; its workers have ended with status 0 then.
+    """
     hush()
+    with tempfile.TemporaryDirectory(prefix="accelerate-launch-") as folder:
+        note = Path(folder) / "preempted"
+        _start(plan, entry, arguments, config, note)
+        if note.exists():
+            raise RunPreempted(note.read_text(encoding="utf-8"))
+
+
+def _start(
+    plan: LaunchPlan, entry: str | Callable[..., Any], arguments: Sequence[Any], config: LaunchConfig, note: Path
+) -> None:
     try:
         # Newer torch sets the second itself and would leave it behind; 2.9 does not know the field.
         signals = getattr(config, "signals_to_handle", None)
-        with env.applied({**plan.env, "TORCHELASTIC_SIGNALS_TO_HANDLE": signals}):
+        variables = {**plan.env, "TORCHELASTIC_SIGNALS_TO_HANDLE": signals, NOTE_VARIABLE: str(note)}
+        with env.applied(variables), passing_on_to_children():
             elastic_launch(config, entry)(*arguments)
     except ChildFailedError as error:
         raise WorkersFailed.among(_in_order(error), plan.processes_per_node * plan.nodes) from None
     except SignalException as error:
+        if note.exists():  # the workers ended as they should; that is what the signal was for
+            return
         message = f"accelerate: the launcher received {error.sigval.name} and ended the workers"
         raise WorkersFailed(message, 128 + error.sigval) from None
     except (RendezvousError, DistNetworkError) as error:
@@ -98,10 +119,25 @@ def launch_config(
         local_addr=meeting.local_address,
         max_restarts=plan.max_restarts,
         monitor_interval=plan.monitor_interval,
+        **_grace(plan),
         start_method=start_method,
         logs_specs=DefaultLogsSpecs(log_dir=plan.log_dir, tee=tee),
         log_line_prefix_template=log_line_prefix,
     )
+
+
+def _grace(plan: LaunchPlan) -> dict[str, Any]:
+    if plan.grace_seconds is None:
+        return {}
+    if "shutdown_timeout" not in {field.name for field in fields(LaunchConfig)}:
+        raise SettingError(
+            explain(
+                f"grace_seconds={plan.grace_seconds} (from --grace_seconds) cannot be kept by torch {torch.__version__}, "
+                "which ends workers after 30 seconds.",
+                remedy="Leave the flag out, or update torch.",
+            )
+        )
+    return {"shutdown_timeout": plan.grace_seconds}
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..core.errors import LaunchError, explain
+from ..core.leaving import NOTE_VARIABLE, PREEMPTED_STATUS
 from ..settings import env
 from .plan import LaunchPlan
-from .report import WorkersFailed
+from .report import RunPreempted, WorkersFailed
 
 
 def become(plan: LaunchPlan) -> NoReturn:
@@ -44,6 +45,8 @@ def run(plan: LaunchPlan) -> None:
             raise _not_started(plan, error) from error
     if child.received == signal.SIGINT:
         raise KeyboardInterrupt
+    if status == PREEMPTED_STATUS:
+        raise RunPreempted("the script was asked to end, and saved itself; what it said stands above")
     if child.received is not None:
         name = signal.Signals(child.received).name
         raise WorkersFailed(
@@ -53,7 +56,7 @@ def run(plan: LaunchPlan) -> None:
         raise WorkersFailed.alone(plan.argv, status)
 
 
-_PASSED_ON = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)]
+_PASSED_ON = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
 
 
 class _Child:
@@ -115,7 +118,9 @@ def _owns_terminal() -> bool:
 
 
 def _environment(plan: LaunchPlan) -> dict[str, str]:
-    inherited = {name: value for name, value in env.read().items() if name not in plan.without}
+    # The last is that of a launcher further up, whose run this is not.
+    without = {*plan.without, NOTE_VARIABLE}
+    inherited = {name: value for name, value in env.read().items() if name not in without}
     return {**inherited, **plan.env}
 
 

@@ -42,6 +42,8 @@ class LaunchPlan:
     node_rank: int = 0
     processes_per_node: int = 1
     rendezvous: Rendezvous = Rendezvous()
+    grace_seconds: int | None = None
+    """How long workers may take to end when the launcher is asked to; `None` is torch's default, 30."""
     max_restarts: int = 0
     monitor_interval: float = 0.1
     tee: str = "0"
@@ -79,6 +81,7 @@ def plan(request: LaunchRequest, machine: Machine) -> LaunchPlan:
         node_rank=request.machine_rank,
         processes_per_node=per_node,
         rendezvous=_rendezvous(request, machine, notes),
+        grace_seconds=request.grace_seconds,
         max_restarts=request.max_restarts,
         monitor_interval=request.monitor_interval,
         # A folder for logs is named in order to have them.
@@ -171,6 +174,10 @@ def _environment(request: LaunchRequest, machine: Machine, processes_here: int, 
         values["ACCELERATE_DYNAMO_USE_DYNAMIC"] = _flag(request.dynamo_use_dynamic)
     if request.gradient_accumulation_steps is not None:
         values["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = str(request.gradient_accumulation_steps)
+    if request.was_given("resume"):
+        values["ACCELERATE_RESUME"] = request.resume
+    if request.save_on_signals is not None:
+        values["ACCELERATE_SAVE_ON_SIGNALS"] = request.save_on_signals
     if request.enable_cpu_affinity:
         values["ACCELERATE_CPU_AFFINITY"] = "1"
     threads = _threads(request, machine, processes_here, on_cpu)

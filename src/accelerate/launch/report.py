@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from ..core.errors import LaunchError
+from ..core.leaving import PREEMPTED_STATUS
 
 TRACEBACK_LINES = 30
 """How much of a worker's traceback is repeated."""
@@ -58,6 +59,13 @@ class WorkersFailed(LaunchError):
             world_size: How many processes the run had.
         """
         return cls(describe(failures, world_size), exit_status(failures[0].exitcode))
+
+
+class RunPreempted(WorkersFailed):
+    """A run was asked to end, saved itself and is to be started again. Nothing has failed."""
+
+    def __init__(self, told: str) -> None:
+        super().__init__(f"accelerate: {told}", PREEMPTED_STATUS)
 
 
 def exit_status(exitcode: int) -> int:

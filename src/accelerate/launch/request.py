@@ -14,6 +14,7 @@ from ..core.enums import DynamoBackend, PrecisionType
 from ..core.errors import SettingError, explain
 from ..core.text import str_to_bool
 from ..settings.config_file import ConfigFile
+from ..settings.preemption import names_of
 
 DYNAMO_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
@@ -48,6 +49,9 @@ class LaunchRequest:
     quiet: bool = False
     rdzv_backend: str = "static"
     rdzv_conf: Mapping[str, str] = field(default_factory=dict)
+    resume: str = "off"
+    save_on_signals: str | None = None
+    grace_seconds: int | None = None
     max_restarts: int = 0
     monitor_interval: float = 0.1
     tee: str = "0"
@@ -121,6 +125,8 @@ _VARIABLES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", int),
     "num_cpu_threads_per_process": ("OMP_NUM_THREADS", _threads),
     "enable_cpu_affinity": ("ACCELERATE_CPU_AFFINITY", lambda text: bool(str_to_bool(text))),
+    "resume": ("ACCELERATE_RESUME", str),
+    "save_on_signals": ("ACCELERATE_SAVE_ON_SIGNALS", str),
     "debug": ("ACCELERATE_DEBUG_MODE", lambda text: bool(str_to_bool(text))),
     "dynamo_backend": ("ACCELERATE_DYNAMO_BACKEND", str),
     "dynamo_mode": ("ACCELERATE_DYNAMO_MODE", str),
@@ -295,6 +301,8 @@ def _check_words(request: LaunchRequest) -> None:
                     remedy=f"Pass --{name} {accepted[0]} for the default.",
                 )
             )
+    if request.save_on_signals is not None:
+        names_of(request.save_on_signals, request.origins["save_on_signals"])
 
 
 _MINIMUM = {
@@ -304,6 +312,7 @@ _MINIMUM = {
     "main_process_port": 0,
     "gradient_accumulation_steps": 1,
     "num_cpu_threads_per_process": 1,
+    "grace_seconds": 0,
     "max_restarts": 0,
     "monitor_interval": 0.001,
 }

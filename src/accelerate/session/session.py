@@ -9,6 +9,7 @@ import dataclasses
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,6 +45,8 @@ class Session:
         self.save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self.load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self.saving = Saving(plan.runtime.hardware)
+        self.loaded_from: Path | None = None
+        """The checkpoint that was loaded last."""
         self.uneven: tuple[Any, ...] = ()
         """Those of the loaders whose ranks may end at different times."""
         self.joining = 0

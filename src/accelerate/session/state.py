@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from ..core.enums import PrecisionType
 from ..core.errors import NotStarted, SettingError, explain
+from ..runtime import preemption, resuming
 from ..runtime import state as runtime_state
 from ..runtime.partial_state import PartialState
 from ..settings import arguments, env
@@ -192,6 +193,8 @@ class AcceleratorState:
     def _reset_state(reset_partial_state: bool = False) -> None:
         """Forget everything; instances share this dictionary, so it is emptied in place."""
         AcceleratorState._shared_state.clear()
+        preemption.stop()
+        resuming.forget()
         if reset_partial_state:
             PartialState._reset_state()
 

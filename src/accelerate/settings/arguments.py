@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from ..core.enums import PrecisionType, RNGType
 from ..core.errors import SettingError, WrongTypeError, explain
+from . import preemption
 from .bag import KwargsHandler
 from .env import flag
 from .options import absent
@@ -73,18 +74,21 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> Setting
             )
     _refuse_absent(arguments, environ)
     origin: dict[str, str] = {}
+    project = _project(arguments)
     return Settings(
         cpu=bool(arguments["cpu"]),
         device_placement=arguments["device_placement"],
         mixed_precision=precision_from(arguments["mixed_precision"], environ, origin),
         accumulation=_accumulation(arguments, environ),
         data=_data(arguments),
-        project=_project(arguments),
+        project=project,
         compile=_compile(arguments),
         handlers=_handlers(arguments["kwargs_handlers"]),
         rng_types=rng_types_from(arguments["rng_types"]),
         step_scheduler_with_optimizer=arguments["step_scheduler_with_optimizer"],
         scheduler_units=_scheduler_units(arguments),
+        save_on_signals=preemption.signals_from(project, environ),
+        resume=preemption.resume_from(environ),
         origin=origin,
     )
 

@@ -46,5 +46,9 @@ class Settings:
     rng_types: tuple[RNGType, ...] = (RNGType.GENERATOR,)
     step_scheduler_with_optimizer: bool = True
     scheduler_units: Literal["samples", "optimizer_steps"] | None = None
+    save_on_signals: tuple[str, ...] = ()
+    """Names of signals on which the run saves itself and ends."""
+    resume: str | None = None
+    """What the launch asked to continue: `auto`, a folder, or nothing."""
     origin: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """Setting -> who gave it, for error messages: `"from ACCELERATE_MIXED_PRECISION"`."""

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..core.errors import SettingError, explain
+from ..runtime import preemption
 from ..runtime.accumulation import GradientState
 from ..runtime.state import Runtime
 from ..settings.arguments import whole_number
@@ -251,6 +252,7 @@ class Windows:
         window.is_pending = not window.place.is_last
 
     def _run(self, loss: torch.Tensor, kwargs: dict[str, Any]) -> None:
+        preemption.note_work()
         if self._scaling is not None:
             loss = self._scaling.scale(loss)
         loss.backward(**kwargs)

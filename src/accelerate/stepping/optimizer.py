@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..core.tree import tree_map
+from ..runtime import preemption
 from ..runtime.accumulation import GradientState
 from ..runtime.partial_state import PartialState
 from .scaling import LossScaling
@@ -138,6 +139,7 @@ class AcceleratedOptimizer(torch.optim.Optimizer):
             self.before_first_step()
             self.before_first_step = None
         self.stepped_in_loop = self.gradient_state.is_in_loop
+        preemption.note_work()
         if self._scaling is not None:
             self._skipped = self._scaling.step(self.optimizer, closure)
             return None

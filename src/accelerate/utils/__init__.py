@@ -37,6 +37,7 @@ _HOMES = {
     "ParallelismConfig": "settings.options.absent",
     "PrecisionType": "core.enums",
     "ProfileKwargs": "settings.options.handlers",
+    "Preempted": "core.leaving",
     "ProjectConfiguration": "settings.options.project",
     "RNGType": "core.enums",
     "RNG_STATE_NAME": "checkpoint.layout",
@@ -227,6 +228,7 @@ if TYPE_CHECKING:
     from ..core.errors import (
         DistributedOperationException as DistributedOperationException,
     )
+    from ..core.leaving import Preempted as Preempted
     from ..core.text import convert_bytes as convert_bytes
     from ..core.text import convert_file_size_to_int as convert_file_size_to_int
     from ..core.text import str_to_bool as str_to_bool

@@ -27,6 +27,11 @@ class ProjectConfiguration:
     save_on_each_node: bool = False
     """Write files on every node, for nodes that do not share a file system."""
 
+    save_on_signals: tuple[str, ...] | None = None
+    """Signals on which the run saves itself and ends with status 75, such as `("SIGTERM", "SIGUSR1")`. Any process may get
+    one; all stop at the next batch that all reach. Needs `automatic_checkpoint_naming` and `project_dir`. `None` means
+    what ACCELERATE_SAVE_ON_SIGNALS says, which `accelerate launch --save_on_signals` sets."""
+
     def __post_init__(self) -> None:
         self.set_directories(self.project_dir)
 

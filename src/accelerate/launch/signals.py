@@ -1,0 +1,52 @@
+"""Pass signals on from the launcher to its workers.
+
+Owns those that torch's agent leaves to their usual effect, which is to end the launcher and nobody else.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+_PASSED_ON = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+
+
+@contextmanager
+def passing_on_to_children() -> Iterator[None]:
+    """Let SIGUSR1 and SIGUSR2 to this process reach the workers that have a handler for it.
+
+    A worker without one would be ended, and so would torch's helpers; before the workers have set theirs, nobody gets it.
+    """
+    before: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers
+        for number in _PASSED_ON:
+            if signal.getsignal(number) == signal.SIG_DFL:
+                before[number] = signal.signal(number, _pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(number: int, _frame: Any) -> None:
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):
+            if _handles(child.pid, number):
+                child.send_signal(number)
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Tell whether a process has a handler for a signal, as far as the system says."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
+    except OSError:  # not Linux, or the process is gone
+        return not Path("/proc/self/status").exists()
+    caught = next((int(line.split()[1], 16) for line in lines if line.startswith("SigCgt:")), 0)
+    return bool(caught >> (number - 1) & 1)
