@@ -236,23 +236,47 @@ def recover(final: Path) -> bool:
     Raises:
         CheckpointError: If the interrupted save is damaged.
     """
-    pending = final / layout.COMMIT_NAME
-    if not pending.is_dir():
+    if not (final / layout.COMMIT_NAME).is_dir():
         return False
-    try:
-        journal = msgspec.json.decode((pending / layout.JOURNAL_NAME).read_bytes(), type=_Journal)
-    except (OSError, msgspec.DecodeError) as error:
-        if not any(path.is_dir() for path in pending.iterdir()):
-            shutil.rmtree(pending)
-            return False
-        raise CheckpointError(
-            explain(f"{pending} is an interrupted save without a readable journal: {error}", remedy="Move it away.")
-        ) from error
-    source = pending / journal.folder
-    if not layout.is_file_name(journal.folder) or source.is_symlink():
-        raise CheckpointError(explain(f"{pending} names the folder {journal.folder!r}.", remedy="Do not trust it."))
-    _move_into_place(source, final, journal.remove)
+    waiting = pending(final)
+    if waiting is None:
+        shutil.rmtree(final / layout.COMMIT_NAME)
+        return False
+    _move_into_place(waiting.source, final, waiting.remove)
     return True
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A complete state inside a folder that was not moved into place yet."""
+
+    source: Path
+    """Where its files are that have not been moved."""
+    remove: list[str]
+    """Files of the older state that have to go."""
+
+
+def pending(final: Path) -> Pending | None:
+    """Return the state that `recover` would move into place. Changes nothing.
+
+    Raises:
+        CheckpointError: If the interrupted save is damaged.
+    """
+    root = final / layout.COMMIT_NAME
+    if not root.is_dir():
+        return None
+    try:
+        journal = msgspec.json.decode((root / layout.JOURNAL_NAME).read_bytes(), type=_Journal)
+    except (OSError, msgspec.DecodeError) as error:
+        if not any(path.is_dir() for path in root.iterdir()):
+            return None
+        raise CheckpointError(
+            explain(f"{root} is an interrupted save without a readable journal: {error}", remedy="Move it away.")
+        ) from error
+    source = root / journal.folder
+    if not layout.is_file_name(journal.folder) or source.is_symlink():
+        raise CheckpointError(explain(f"{root} names the folder {journal.folder!r}.", remedy="Do not trust it."))
+    return Pending(source, journal.remove)
 
 
 def _move_into_place(source: Path, final: Path, remove: list[str]) -> None:

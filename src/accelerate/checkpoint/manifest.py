@@ -6,6 +6,7 @@ without it is not a complete checkpoint of ours; one that contradicts it is not 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -43,7 +44,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 def write(folder: Path, *, save_id: str, world_size: int, step: int, iteration: int) -> None:
     """Describe everything in `folder`, durably. Reads each file once."""
-    files = {name: _entry(folder / name) for name in durable.files_below(folder)}
+    files = {name: entry_of(folder / name) for name in durable.files_below(folder)}
     content = Manifest(
         format=FORMAT,
         save_id=save_id,
@@ -58,11 +59,13 @@ def write(folder: Path, *, save_id: str, world_size: int, step: int, iteration: 
     durable.write_file(folder / layout.MANIFEST_NAME, text + b"\n")
 
 
-def _entry(file: Path) -> FileEntry:
+def entry_of(file: Path, told: Callable[[int], None] = lambda _: None) -> FileEntry:
+    """Read a file and describe it; `told` hears how many bytes were read, now and then."""
     digest = xxhash.xxh3_64()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
+            told(len(chunk))
     return FileEntry(file.stat().st_size, digest.hexdigest())
 
 
@@ -110,7 +113,7 @@ def check(folder: Path, manifest: Manifest, hashes: bool = False) -> None:
             wrong.append(f"{name} is missing")
         elif (size := file.stat().st_size) != entry.num_bytes:
             wrong.append(f"{name} has {size} bytes in place of {entry.num_bytes}")
-        elif hashes and _entry(file) != entry:
+        elif hashes and entry_of(file) != entry:
             wrong.append(f"{name} has other content than was written")
     if wrong:
         raise CheckpointError(

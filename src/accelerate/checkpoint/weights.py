@@ -83,9 +83,14 @@ def write_weights(state: Mapping[str, torch.Tensor], file: Path, max_shard_bytes
             durable.flush_file(shard)
         weight_map.update(dict.fromkeys(names, shard.name))
     if len(plan) > 1:
-        content = {"metadata": {"total_size": sum(map(_size, kept.values()))}, "weight_map": weight_map}
-        text = msgspec.json.format(msgspec.json.encode(content, order="deterministic"), indent=2)
-        durable.write_file(file.with_name(layout.index_file(file.name)), text + b"\n")
+        write_index(file, weight_map, sum(map(_size, kept.values())))
+
+
+def write_index(file: Path, weight_map: Mapping[str, str], total_bytes: int) -> None:
+    """Write which shard holds which tensor of the weights that `file` alone would hold."""
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    text = msgspec.json.format(msgspec.json.encode(content, order="deterministic"), indent=2)
+    durable.write_file(file.with_name(layout.index_file(file.name)), text + b"\n")
 
 
 def plan_shards(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
@@ -149,11 +154,12 @@ def _size(tensor: Any) -> int:
 
 def write_safetensors(tensors: Mapping[str, torch.Tensor], file: Path, tied: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file and wait until it is on the disk."""
-    safetensors.torch.save_file(own_memory(tensors), file, metadata=_metadata(tied))
+    safetensors.torch.save_file(own_memory(tensors), file, metadata=file_metadata(tied))
     durable.flush_file(file)
 
 
-def _metadata(tied: Mapping[str, str] | None) -> dict[str, str]:
+def file_metadata(tied: Mapping[str, str] | None) -> dict[str, str]:
+    """Return what the header of a safetensors file says besides its tensors."""
     return {"format": "pt"} | ({TIED_KEY: msgspec.json.encode(dict(tied)).decode()} if tied else {})
 
 
@@ -191,12 +197,17 @@ def load_weights(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
     )
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+def read_index(index: Path) -> dict[str, Path]:
+    """Read which file holds which tensor.
+
+    Raises:
+        MissingFile: If a file is not there.
+        CheckpointError: If the index is damaged, or names a file elsewhere.
+    """
     try:
         names = msgspec.json.decode(index.read_bytes(), type=_Index).weight_map
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise CheckpointError(explain(f"{index} is damaged: {error}", remedy="Use another checkpoint.")) from error
-    state: dict[str, torch.Tensor] = {}
     for shard in dict.fromkeys(names.values()):
         file = index.parent / shard
         if not layout.is_file_name(shard) or file.resolve().parent != index.parent.resolve():
@@ -207,6 +218,13 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
             )
         if not file.is_file():
             raise layout.MissingFile(explain(f"{index} names the shard {shard!r}, which is not there."))
+    return {name: index.parent / shard for name, shard in names.items()}
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    names = read_index(index)
+    state: dict[str, torch.Tensor] = {}
+    for file in dict.fromkeys(names.values()):
         state.update(_read(file))
     if missing := [name for name in names if name not in state]:
         raise CheckpointError(explain(f"{index} names tensors that its shards do not hold: {', '.join(missing[:5])}."))
@@ -279,7 +297,7 @@ def _save_safetensors(tensors: dict[str, torch.Tensor], tied: dict[str, str], ta
     if isinstance(target, Path):
         write_safetensors(tensors, target, tied)
     else:
-        target.write(safetensors.torch.save(own_memory(tensors), metadata=_metadata(tied)))
+        target.write(safetensors.torch.save(own_memory(tensors), metadata=file_metadata(tied)))
 
 
 def _write_to(f: str | Path | IO[bytes], write: Callable[[Any], None]) -> None:
