@@ -184,7 +184,7 @@ def convert(
         planned: What to write.
         output: A folder that does not exist, or is empty.
         max_shard_bytes: Bytes per file of weights at most; None writes one file for each model.
-        told: Called with the bytes of each tensor that was written.
+        told: Called with the bytes of each tensor that was read.
 
     Raises:
         SettingError: (a `ValueError`) if there is something at `output`.

@@ -157,14 +157,15 @@ def rewrite(
         source: The weights.
         file: What to write, `model.safetensors`.
         max_shard_bytes: Bytes per file at most; None writes one file.
-        told: Called with the bytes of each tensor that was written.
+        told: Called with the bytes of each tensor that was read.
     """
     plan = plan_shards({name: info.num_bytes for name, info in source.tensors.items()}, max_shard_bytes)
     weight_map: dict[str, str] = {}
 
     def read(name: str) -> torch.Tensor:
+        tensor = source.read(name)
         told(source.tensors[name].num_bytes)
-        return source.read(name)
+        return tensor
 
     for number, names in enumerate(plan, start=1):
         shard = file.with_name(layout.shard_file(file.name, number, len(plan)))

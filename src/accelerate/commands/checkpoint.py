@@ -212,7 +212,7 @@ def convert_command(args: argparse.Namespace) -> None:
 
     output = Path(args.output).expanduser()
     planned = plan(Path(args.folder).expanduser())
-    with _Progress("wrote") as progress:
+    with _Progress("copied") as progress:
         convert(planned, output, limit, progress.add)
     files = sorted(path for path in output.rglob("*") if path.is_file())
     total = sum(path.stat().st_size for path in files)
