@@ -31,10 +31,10 @@ from .runtime.log import get_logger
 from .runtime.memory import clear_device_cache
 from .runtime.rng import check_fit
 from .runtime.state import Runtime
-from .session import load as session_load
 from .session import metrics, uneven
 from .session import prepare as session_prepare
 from .session import profile as session_profile
+from .session import remote as session_remote
 from .session import save as session_save
 from .session.session import Session
 from .session.state import AcceleratorState
@@ -681,11 +681,11 @@ class Accelerator:
 
         Args:
             model: The model, prepared or not.
-            save_directory: The folder; made if missing.
+            save_directory: The folder, made if missing, or an address such as `"s3://bucket/weights"`.
             max_shard_size: Largest size of one file, in bytes or such as `"5GB"`; more files get an index.
             safe_serialization: `False` writes torch's pickle-based format.
         """
-        weights.save_model(
+        session_remote.save_model(
             self.get_state_dict(model),
             save_directory,
             self.state._runtime.collectives,
@@ -743,16 +743,16 @@ class Accelerator:
         output_dir: str | Path | None = None,
         safe_serialization: bool = True,
         **save_model_func_kwargs: Any,
-    ) -> Path:
+    ) -> Path | str:
         """Save everything the run needs to continue. Called on all ranks; collective.
 
         Args:
-            output_dir: The folder; needless with automatic naming.
+            output_dir: The folder, or an address such as `"s3://bucket/run"`; needless with automatic naming.
             safe_serialization: `False` writes model weights in torch's pickle-based format.
             **save_model_func_kwargs: None is known to the formats of this version.
 
         Returns:
-            The folder.
+            The folder, or the address.
 
         Raises:
             WrongTypeError: (a `TypeError`) if there is neither a folder nor automatic naming, or an unknown keyword.
@@ -762,7 +762,8 @@ class Accelerator:
         session = self._session
         if session.scaling is not None:
             session.scaling.update_if_waiting()
-        return session_save.save_state(
+        save = session_remote.saver(output_dir, self.project_configuration)
+        return save(
             folder=output_dir,
             project=self.project_configuration,
             models=session.models,
@@ -788,7 +789,7 @@ class Accelerator:
         """Load what `save_state` wrote into the prepared objects. Called on all ranks; collective.
 
         Args:
-            input_dir: The folder; with automatic naming `None` takes the newest complete one.
+            input_dir: The folder or address; with automatic naming `None` takes the newest complete one.
             load_kwargs: Keywords for `load_state_dict` of models, as are the following.
             **load_model_func_kwargs: Such as `strict=False`, which also lets other missing parts pass with a warning.
 
@@ -797,7 +798,8 @@ class Accelerator:
         """
         session = self._session
         keywords = {**(load_kwargs or {}), **load_model_func_kwargs}
-        loaded = session_load.load_state(
+        load = session_remote.loader(input_dir, self.project_configuration)
+        loaded = load(
             folder=input_dir,
             project=self.project_configuration,
             models=session.models,
