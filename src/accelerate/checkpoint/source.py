@@ -21,6 +21,9 @@ from .tensor_file import TensorInfo, info_of, read_header, write_tensors
 from .trust import read_pickle
 from .weights import TIED_KEY, file_metadata, plan_shards, read_index, separate_tied, write_index
 
+_REPEATED_BYTES = 2**24
+"""A tensor that repeats its numbers without storing them again may grow to this size when it is written out."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -142,6 +145,17 @@ def _of_pickles(files: list[Path]) -> Source:
             )
         state |= found
     kept, tied = separate_tied(state)
+    for name, tensor in kept.items():
+        stored = tensor.untyped_storage().nbytes()
+        if info_of(tensor).num_bytes > max(stored, _REPEATED_BYTES):
+            # One number that is shown a billion times is small in the file, and fills the disk when it is written out.
+            raise CheckpointError(
+                explain(
+                    f"{name!r} in {files[0].parent} has the shape {list(tensor.shape)}, and only {stored} bytes in its "
+                    "file.",
+                    remedy="Do not trust it.",
+                )
+            )
     return Source({name: info_of(tensor) for name, tensor in kept.items()}, tied, kept.__getitem__)
 
 

@@ -83,6 +83,15 @@ def test_pickles_become_safetensors(tmp_path: Path, limit: int | None, zipped: b
     assert loaded["tied"] is loaded["b"]
 
 
+def test_a_small_file_cannot_fill_the_disk(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    torch.save({"a": torch.ones(1).expand(2**50)}, tmp_path / "old" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"'a' in .*old has the shape \[1125899906842624\], and only 4 bytes"):
+        converted(tmp_path / "old", tmp_path / "new")
+    torch.save({"a": torch.ones(1).expand(3)}, tmp_path / "old" / "pytorch_model.bin")
+    assert torch.equal(load_weights(converted(tmp_path / "old", tmp_path / "new"))["a"], torch.ones(3))
+
+
 def test_several_models_in_one_folder_are_all_converted(tmp_path: Path) -> None:
     folder = tmp_path / "old"
     folder.mkdir()

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from accelerate import Accelerator
-from accelerate.checkpoint import layout
+from accelerate.checkpoint import layout, remote
 from accelerate.core import available
 from accelerate.core.errors import CheckpointError, MissingPackage, SettingError
 from accelerate.session import remote as session
@@ -156,6 +156,27 @@ def test_an_upload_that_fails_leaves_the_older_one(place: str, monkeypatch: pyte
         assert value_at(f"{place}/c") == 1
 
 
+def test_an_old_checkpoint_that_cannot_be_removed_whole_is_no_checkpoint_any_more(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = counting(0, place, automatic_checkpoint_naming=True, total_limit=1)
+    run.save()
+    system, path = fsspec.core.url_to_fs(f"{place}/checkpoints")
+    remove = type(system).rm
+
+    def refuse(self: Any, target: str, *args: Any, **kwargs: Any) -> None:
+        if str(target).endswith("checkpoint_0"):
+            raise OSError("busy")
+        remove(self, target, *args, **kwargs)
+
+    monkeypatch.setattr(type(system), "rm", refuse)
+    with pytest.warns(UserWarning, match="An old checkpoint at .* could not be removed: .*busy"):
+        run.save()
+    assert listing(f"{place}/checkpoints/checkpoint_0")
+    assert not remote.has_manifest(f"{place}/checkpoints/checkpoint_0")
+    assert remote.has_manifest(f"{place}/checkpoints/checkpoint_1")
+
+
 @pytest.mark.parametrize("bad", ["../outside", "/etc/x", "a/../../x"])
 def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, bad: str) -> None:
     counting(1).save("memory://c")
@@ -264,6 +285,8 @@ def test_a_save_that_is_killed_before_any_of_its_steps_leaves_the_old_or_the_new
                     nonlocal left
                     left -= 1
                     if not left:
+                        if act.__name__ == "pipe_file":  # in the middle
+                            act(args[0], args[1], args[2][: len(args[2]) // 2])
                         os.kill(os.getpid(), signal.SIGKILL)
                     return act(*args, **kwargs)
 
