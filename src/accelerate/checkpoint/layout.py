@@ -59,6 +59,8 @@ COMMIT_NAME = ".accelerate-commit"
 """A complete state inside an older one, on its way into place. It is the one that counts."""
 JOURNAL_NAME = "journal.json"
 REMOVING_PREFIX = ".accelerate-removing-"
+FILES_PREFIX = "files-"
+"""At an address the files of a save lie below this and the save's id; the manifest beside it says which save counts."""
 
 _CHECKPOINT = re.compile(r"checkpoint_(0|[1-9][0-9]*)")
 _NUMBER = r"(_[1-9][0-9]*)?"

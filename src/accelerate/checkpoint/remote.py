@@ -26,8 +26,6 @@ from ..core.available import require
 from ..core.errors import AccelerateError, CheckpointError, MissingPackage, explain
 from . import commit, layout, manifest
 
-_FILES = "files-"
-
 
 @dataclass(frozen=True)
 class Place:
@@ -120,7 +118,7 @@ def upload(folder: Path, address: str, collectives: Collectives, leads: bool) ->
 def _copy_up(folder: Path, place: Place, found: manifest.Manifest, names: list[str]) -> None:
     with _told(place.address):
         for name in names:
-            target = place.at(_FILES + found.save_id, name)
+            target = place.at(layout.FILES_PREFIX + found.save_id, name)
             place.system.makedirs(target.rpartition("/")[0], exist_ok=True)
             place.system.put_file(str(folder / name), target)
 
@@ -130,7 +128,7 @@ def _publish(place: Place, parts: list[manifest.Manifest]) -> None:
     whole = msgspec.structs.replace(parts[0], files=files)
     with _told(place.address):
         _replace(place, layout.MANIFEST_NAME, msgspec.json.format(msgspec.json.encode(whole), indent=1) + b"\n")
-        _remove_files(place, keep=_FILES + whole.save_id)
+        _remove_files(place, keep=layout.FILES_PREFIX + whole.save_id)
 
 
 def _replace(place: Place, name: str, content: bytes) -> None:
@@ -147,7 +145,7 @@ def _replace(place: Place, name: str, content: bytes) -> None:
 
 def _remove_files(place: Place, keep: str = "") -> None:
     for name in _names(place):
-        if name.startswith(_FILES) and name != keep:
+        if name.startswith(layout.FILES_PREFIX) and name != keep:
             place.system.rm(place.at(name), recursive=True)
 
 
@@ -232,13 +230,13 @@ def download(address: str, folder: Path) -> manifest.Manifest:
         place.system.get_file(place.at(layout.MANIFEST_NAME), str(folder / layout.MANIFEST_NAME))
     found = manifest.read(folder)
     assert found is not None
-    if not layout.is_file_name(_FILES + found.save_id):
+    if not layout.is_file_name(layout.FILES_PREFIX + found.save_id):
         raise CheckpointError(explain(f"{address} has the save id {found.save_id!r}.", remedy="Do not trust it."))
     for name in found.files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         with _told(below(address, name)):
             try:
-                place.system.get_file(place.at(_FILES + found.save_id, name), str(folder / name))
+                place.system.get_file(place.at(layout.FILES_PREFIX + found.save_id, name), str(folder / name))
             except FileNotFoundError:
                 continue  # told below, with all others
     manifest.check(folder, found, hashes=True)
