@@ -32,11 +32,11 @@ from .runtime.log import get_logger
 from .runtime.memory import clear_device_cache
 from .runtime.rng import check_fit
 from .runtime.state import Runtime
-from .session import load as session_load
 from .session import metrics, uneven
 from .session import preempt as session_preempt
 from .session import prepare as session_prepare
 from .session import profile as session_profile
+from .session import remote as session_remote
 from .session import save as session_save
 from .session.session import Session
 from .session.state import AcceleratorState
@@ -697,11 +697,11 @@ class Accelerator:
 
         Args:
             model: The model, prepared or not.
-            save_directory: The folder; made if missing.
+            save_directory: The folder, made if missing, or an address such as `"s3://bucket/weights"`.
             max_shard_size: Largest size of one file, in bytes or such as `"5GB"`; more files get an index.
             safe_serialization: `False` writes torch's pickle-based format.
         """
-        weights.save_model(
+        session_remote.save_model(
             self.get_state_dict(model),
             save_directory,
             self.state._runtime.collectives,
@@ -762,7 +762,7 @@ class Accelerator:
         *,
         blocking: Literal[True] = True,
         **save_model_func_kwargs: Any,
-    ) -> Path: ...
+    ) -> Path | str: ...
 
     @overload
     def save_state(
@@ -772,7 +772,7 @@ class Accelerator:
         *,
         blocking: bool,
         **save_model_func_kwargs: Any,
-    ) -> Path | SaveHandle: ...
+    ) -> Path | str | SaveHandle: ...
 
     def save_state(
         self,
@@ -781,11 +781,11 @@ class Accelerator:
         *,
         blocking: bool = True,
         **save_model_func_kwargs: Any,
-    ) -> Path | SaveHandle:
+    ) -> Path | str | SaveHandle:
         """Save everything the run needs to continue. Called on all ranks; collective.
 
         Args:
-            output_dir: The folder; needless with automatic naming.
+            output_dir: The folder, or an address such as `"s3://bucket/run"`; needless with automatic naming.
             safe_serialization: `False` writes model weights in torch's pickle-based format.
             blocking: `False` returns as soon as everything is copied to memory, and writes while training goes on.
                 One such save runs at a time: the next one, `load_state`, `end_training` and the end of the script
@@ -793,7 +793,7 @@ class Accelerator:
             **save_model_func_kwargs: None is known to the formats of this version.
 
         Returns:
-            The folder; with `blocking=False` a handle, whose `wait()` returns the folder when it is complete.
+            The folder, or the address; with `blocking=False` a handle, whose `wait()` returns it when it is complete.
 
         Raises:
             WrongTypeError: (a `TypeError`) if there is neither a folder nor automatic naming, or an unknown keyword.
@@ -805,7 +805,8 @@ class Accelerator:
         session = self._session
         if session.scaling is not None:
             session.scaling.update_if_waiting()
-        handle = session_save.save_state(
+        save = session_remote.saver(output_dir, self.project_configuration)
+        handle = save(
             session.contents,
             folder=output_dir,
             project=self.project_configuration,
@@ -830,7 +831,7 @@ class Accelerator:
         """Load what `save_state` wrote into the prepared objects. Called on all ranks; collective.
 
         Args:
-            input_dir: The folder; with automatic naming `None` takes the newest complete one.
+            input_dir: The folder or address; with automatic naming `None` takes the newest complete one.
             load_kwargs: Keywords for `load_state_dict` of models, as are `load_model_func_kwargs`.
             verify: What is compared with the manifest first: the content of all files (`"full"`), their sizes
                 (`"size"`), or nothing (`"off"`). Without a folder, damaged checkpoints are passed over with a warning.
@@ -843,7 +844,8 @@ class Accelerator:
         session = self._session
         session.saving.background.wait()
         keywords = {**(load_kwargs or {}), **load_model_func_kwargs}
-        loaded = session_load.load_state(
+        load = session_remote.loader(input_dir, self.project_configuration)
+        loaded = load(
             session.contents,
             folder=input_dir,
             project=self.project_configuration,

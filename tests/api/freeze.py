@@ -57,6 +57,7 @@ WAITING = {
 
 # Names that are here although their module waits.
 HERE = {
+    "accelerate.utils.fsdp_utils.merge_fsdp_weights",
     "accelerate.utils.modeling.convert_file_size_to_int",
     "accelerate.utils.modeling.get_grad_scaler",
     "accelerate.utils.modeling.get_mixed_precision_context_manager",

@@ -59,7 +59,12 @@ def test_the_package_can_be_imported_without_torch():
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["launch", "--help"], ["config", "--help"], ["env", "--help"], ["test", "--help"]]
+    "words",
+    [
+        ["--help"],
+        *([name, "--help"] for name in ("launch", "checkpoint", "config", "env", "merge-weights", "test")),
+        *(["checkpoint", name, "--help"] for name in ("inspect", "verify", "convert")),
+    ],
 )
 def test_help_loads_nothing_heavy(words):
     code = f"sys.argv = {['accelerate', *words]!r}\nfrom accelerate.commands.accelerate_cli import main\nmain()"

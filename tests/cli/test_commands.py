@@ -27,7 +27,13 @@ def accelerate(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], *([name, "--help"] for name in ("launch", "config", "env", "test"))]
+    "words",
+    [
+        ["--help"],
+        ["--version"],
+        *([name, "--help"] for name in ("launch", "checkpoint", "config", "env", "merge-weights", "test")),
+        *(["checkpoint", name, "--help"] for name in ("inspect", "verify", "convert")),
+    ],
 )
 def test_help_loads_nothing_heavy(hub, words):
     code = f"""
@@ -60,7 +66,7 @@ def test_the_version(hub):
     ("words", "expected"),
     [
         (["lanch"], "'lanch' is not a command. Did you mean 'launch'?"),
-        (["merge-weights"], "the command 'merge-weights' is not in accelerate"),
+        (["tpu-config"], "the command 'tpu-config' is not in accelerate"),
         (["--verbose", "launch"], "unrecognized arguments: --verbose launch"),
         (["config"], "the questions are not in this version yet."),
         (["config", "update"], "invalid choice: 'update'"),

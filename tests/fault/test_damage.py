@@ -334,7 +334,7 @@ def test_links_that_leave_the_folder(training: Training, tmp_path: Path, name: s
         if verify == "off":
             return  # only hooks know such names
         (training.last / "link").symlink_to(outside)
-        rewritten(training.last, files={name: manifest.describe(outside / "model.safetensors")})
+        rewritten(training.last, files={name: manifest.entry_of(outside / "model.safetensors")})
     else:
         (training.last / name).unlink()
         (training.last / name).symlink_to(outside / name)

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 class SaveHandle(os.PathLike[str]):
     """A save that may still be going on. Stands for its folder wherever a path is wanted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | str) -> None:
         self.folder = folder
         """Where the checkpoint appears, whole, when the save is done."""
         self._failure: BaseException | None = None
@@ -32,8 +32,8 @@ class SaveHandle(os.PathLike[str]):
         """Tell whether the save has ended, well or not. Called on any rank."""
         return self._thread is None or not self._thread.is_alive()
 
-    def wait(self) -> Path:
-        """Return the folder when the checkpoint is complete. Called on any rank; blocks until all have written.
+    def wait(self) -> Path | str:
+        """Return the folder, or the address, when the checkpoint is complete. Called on any rank; blocks until all have written.
 
         Raises:
             CheckpointError: If it failed on any rank; what was there before is whole. All ranks hear of it.

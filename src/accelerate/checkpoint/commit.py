@@ -155,7 +155,10 @@ class Staging:
     @contextmanager
     def kept_if_all_succeed(self, collectives: Collectives) -> Iterator[None]:
         """Let no rank go on to `complete` when another one failed in this block. Collective at its end."""
-        with self.undone_if_not_whole(), together(collectives, self.final, "was not begun"):
+        with (
+            self.undone_if_not_whole(),
+            together(collectives, f"The checkpoint {self.final} was not begun", self.final),
+        ):
             yield
 
     @contextmanager
@@ -334,33 +337,60 @@ def recover(final: Path) -> bool:
     Raises:
         CheckpointError: If the interrupted save is damaged.
     """
-    pending = final / layout.COMMIT_NAME
-    if not pending.is_dir():
+    if not (final / layout.COMMIT_NAME).is_dir():
         return False
-    if pending.is_symlink():
-        raise CheckpointError(explain(f"{pending} is a link to another folder.", remedy="Do not trust it."))
-    file = pending / layout.JOURNAL_NAME
-    try:
-        journal = documents.parse(documents.read_file(file), _Journal, file)
-    except (OSError, CheckpointError) as error:
-        if not any(path.is_dir() for path in pending.iterdir()):
-            shutil.rmtree(pending)
-            return False
-        raise CheckpointError(
-            explain(f"{pending} is an interrupted save without a readable journal: {error}", remedy="Move it away.")
-        ) from error
-    source = pending / journal.folder
-    if not layout.is_file_name(journal.folder) or source.is_symlink():
-        raise CheckpointError(explain(f"{pending} names the folder {journal.folder!r}.", remedy="Do not trust it."))
+    waiting = pending(final)
+    if waiting is None:
+        shutil.rmtree(final / layout.COMMIT_NAME)
+        return False
     with disk_errors.about(final):
-        _move_into_place(source, final, journal)
+        _move_into_place(waiting, final)
     return True
 
 
-def _move_into_place(source: Path, final: Path, journal: _Journal) -> None:
+@dataclass(frozen=True)
+class Pending:
+    """A complete state inside a folder that was not moved into place yet."""
+
+    source: Path
+    """Where its files are that have not been moved."""
+    remove: list[str]
+    """Files of the older state that have to go."""
+    place: list[str]
+    """All files of the new state, moved or not."""
+
+
+def pending(final: Path) -> Pending | None:
+    """Return the state that `recover` would move into place. Changes nothing.
+
+    Raises:
+        CheckpointError: If the interrupted save is damaged.
+    """
+    root = final / layout.COMMIT_NAME
+    if not root.is_dir():
+        return None
+    if root.is_symlink():
+        raise CheckpointError(explain(f"{root} is a link to another folder.", remedy="Do not trust it."))
+    file = root / layout.JOURNAL_NAME
+    try:
+        journal = documents.parse(documents.read_file(file), _Journal, file)
+    except (OSError, CheckpointError) as error:
+        if not any(path.is_dir() for path in root.iterdir()):
+            return None
+        raise CheckpointError(
+            explain(f"{root} is an interrupted save without a readable journal: {error}", remedy="Move it away.")
+        ) from error
+    source = root / journal.folder
+    if not layout.is_file_name(journal.folder) or source.is_symlink():
+        raise CheckpointError(explain(f"{root} names the folder {journal.folder!r}.", remedy="Do not trust it."))
+    return Pending(source, journal.remove, journal.place)
+
+
+def _move_into_place(waiting: Pending, final: Path) -> None:
+    source = waiting.source
     moving = list(durable.files_below(source)) if source.is_dir() else []
-    placed = {*journal.place, *moving}
-    for name in (*journal.remove, *placed):
+    placed = {*waiting.place, *moving}
+    for name in (*waiting.remove, *placed):
         _check_inside(final, name)
     # All folders are flushed, also where nothing is left to do: an earlier attempt may have died before it flushed.
     # First, so that the decision is on the disk before anything follows from it, and folders before files move there.
@@ -368,11 +398,11 @@ def _move_into_place(source: Path, final: Path, journal: _Journal) -> None:
     for folder in targets:
         folder.mkdir(exist_ok=True)
     _flush(targets)
-    for name in journal.remove:
+    for name in waiting.remove:
         (final / name).unlink(missing_ok=True)
     for name in moving:
         os.replace(source / name, final / name)
-    _flush(_folders_of(final, placed | set(journal.remove)))
+    _flush(_folders_of(final, placed | set(waiting.remove)))
     shutil.rmtree(source, ignore_errors=True)
     # The journal last, on the disk too: without it the rest could not be finished.
     durable.flush_folder(final / layout.COMMIT_NAME)
@@ -428,8 +458,8 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _describe(error: BaseException, place: Path) -> str:
-    return f"{type(error).__name__}: {disk_errors.describe(error, place) or error}"
+def _describe(error: BaseException, place: Path | None) -> str:
+    return f"{type(error).__name__}: {(place and disk_errors.describe(error, place)) or error}"
 
 
 def _agree(
@@ -458,10 +488,15 @@ def _raise_failures(reports: list[_Report], problem: str, remedy: str, cause: Ex
 
 
 @contextmanager
-def together(collectives: Collectives, place: Path, problem: str) -> Iterator[None]:
+def together(collectives: Collectives, problem: str, place: Path | None = None) -> Iterator[None]:
     """Let no rank go on when another one failed in this block. Collective at its end.
 
     A failing rank raises its own error, the others a `CheckpointError` that names it.
+
+    Args:
+        collectives: How ranks tell each other.
+        problem: What a failure means, for the message.
+        place: What an error of the disk is about, where it does not say so itself.
     """
     failure: Exception | None = None
     try:
@@ -472,4 +507,4 @@ def together(collectives: Collectives, place: Path, problem: str) -> Iterator[No
     reports = collectives.all_gather_object(own)
     if failure is not None:
         raise failure
-    _raise_failures(reports, f"The checkpoint {place} {problem}", "See the error of that rank.")
+    _raise_failures(reports, problem, "See the error of that rank.")

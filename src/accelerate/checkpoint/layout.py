@@ -51,12 +51,16 @@ SAFE_WEIGHTS_INDEX_NAME = "model.safetensors.index.json"
 
 MANIFEST_NAME = "accelerate_manifest.json"
 CHECKPOINTS_FOLDER = "checkpoints"
+PREFIX = ".accelerate-"
+"""How everything begins that is not there to stay."""
 SAVING_NAME = ".accelerate-saving"
 """A folder being written. Whatever an earlier process left there is worthless."""
 COMMIT_NAME = ".accelerate-commit"
 """A complete state inside an older one, on its way into place. It is the one that counts."""
 JOURNAL_NAME = "journal.json"
 REMOVING_PREFIX = ".accelerate-removing-"
+FILES_PREFIX = "files-"
+"""At an address the files of a save lie below this and the save's id; the manifest beside it says which save counts."""
 
 _LONGEST_NAME = 255
 """Bytes, on every file system in use."""
@@ -71,6 +75,31 @@ _STATE = re.compile(
     rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?"
     r"|accumulation_rank[0-9]+|scaler|random_states_[0-9]+|custom_checkpoint_[0-9]+)\.(json|safetensors|bin|pkl|pt)"
 )
+
+
+_KINDS = (
+    (rf"{re.escape(MANIFEST_NAME)}", "manifest: sizes and hashes of all other files"),
+    (rf"(?:model|pytorch_model){_NUMBER}-([0-9]{{5}})-of-([0-9]{{5}})\.\w+", "weights of model {}, shard {} of {}"),
+    (rf"(?:model|pytorch_model){_NUMBER}\.\w+\.index\.json", "weights of model {}: which shard holds what"),
+    (rf"(?:model|pytorch_model){_NUMBER}\.\w+", "weights of model {}"),
+    (rf"optimizer{_NUMBER}\.\w+", "optimizer {}"),
+    (rf"scheduler{_NUMBER}\.\w+", "scheduler {}"),
+    (rf"sampler{_NUMBER}\.\w+", "position of loader {}"),
+    (rf"dl_state_dict{_NUMBER}_rank([0-9]+)\.\w+", "what rank {1} has read of loader {0}"),
+    (rf"dl_state_dict{_NUMBER}\.\w+", "what one rank has read of loader {}"),
+    (r"random_states_([0-9]+)\.\w+", "random states of rank {}"),
+    (r"accumulation_rank([0-9]+)\.\w+", "open windows of accumulation of rank {}"),
+    (r"scaler\.\w+", "gradient scaler"),
+    (r"custom_checkpoint_([0-9]+)\.\w+", "registered object {}"),
+    (r"pytorch_model_fsdp_([0-9]+)/\.metadata", "weights of model {}: which piece lies where"),
+    (r"pytorch_model_fsdp_([0-9]+)/.*\.distcp", "weights of model {}, in pieces"),
+    (r"optimizer_([0-9]+)/\.metadata", "optimizer {}: which piece lies where"),
+    (r"optimizer_([0-9]+)/.*\.distcp", "optimizer {}, in pieces"),
+    (r"pytorch_model_fsdp(_[0-9]+)?\.bin", "weights of model {}"),
+    (r"\.metadata", "which piece lies where"),
+    (r".*\.distcp", "tensors in pieces"),
+)
+_WORDS = tuple((re.compile(pattern), words) for pattern, words in _KINDS)
 
 
 class MissingFile(CheckpointError, FileNotFoundError):
@@ -144,6 +173,12 @@ def count_saved(names: Iterable[str]) -> dict[str, int]:
     return {kind: len(numbers) for kind, numbers in found.items()}
 
 
+def model_indices(names: Iterable[str]) -> list[int]:
+    """Return the numbers of the models whose weights have some of these names, ours or the peer's."""
+    found = (_WEIGHTS.fullmatch(name) for name in names)
+    return sorted({int((match["number"] or "_0")[1:]) for match in found if match})
+
+
 def is_weights(name: str) -> bool:
     """Tell whether a file of this name holds model weights, or the index of their shards."""
     return _WEIGHTS.fullmatch(name) is not None
@@ -152,6 +187,16 @@ def is_weights(name: str) -> bool:
 def is_checkpoint_file(name: str) -> bool:
     """Tell whether a save of the whole state may have written a file of this name."""
     return name == MANIFEST_NAME or is_weights(name) or _STATE.fullmatch(name) is not None
+
+
+def in_words(name: str) -> str:
+    """Say what the file of this name in a checkpoint holds."""
+    for pattern, words in _WORDS:
+        if match := pattern.fullmatch(name):
+            numbers = [int((group or "").lstrip("_") or 0) for group in match.groups()]
+            tensors = " (tensors)" if name.endswith(".safetensors") and not is_weights(name) else ""
+            return words.format(*numbers) + tensors
+    return "no part of a checkpoint, as far as its name says"
 
 
 def is_inside(name: str) -> bool:

@@ -8,7 +8,7 @@ a hash of its own content.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -64,7 +64,7 @@ def write(
     folder: Path, known: Mapping[str, FileEntry], *, save_id: str, world_size: int, step: int, iteration: int
 ) -> None:
     """Describe everything in `folder`, durably. Reads the files that are not `known`, such as those of hooks."""
-    files = {name: known.get(name) or describe(folder / name) for name in durable.files_below(folder)}
+    files = {name: known.get(name) or entry_of(folder / name) for name in durable.files_below(folder)}
     content = Manifest(
         format=FORMAT,
         save_id=save_id,
@@ -92,12 +92,13 @@ def _own_hash(text: bytes, stated: str) -> str:
     return xxhash.xxh3_64_hexdigest(head + _BLANK.encode() + tail)
 
 
-def describe(file: Path) -> FileEntry:
-    """Read a file once, and return what the manifest says of it."""
+def entry_of(file: Path, told: Callable[[int], None] = lambda _: None) -> FileEntry:
+    """Read a file and describe it; `told` hears how many bytes were read, now and then."""
     digest = xxhash.xxh3_64()
     with about(file), file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
+            told(len(chunk))
         return FileEntry(stream.tell(), digest.hexdigest())
 
 
@@ -193,7 +194,7 @@ def check(folder: Path, manifest: Manifest, verify: Verify = "full") -> None:
         if layout.is_checkpoint_file(path.name) and path.name not in known
     ]
     if not wrong and verify == "full":  # reading is slow: not where it is known already that something is wrong
-        different = [name for name, entry in manifest.files.items() if describe(folder / name) != entry]
+        different = [name for name, entry in manifest.files.items() if entry_of(folder / name) != entry]
         wrong = [f"{name} has other content than was written" for name in different]
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""

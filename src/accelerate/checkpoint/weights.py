@@ -94,17 +94,26 @@ def plan_weights(state: Mapping[str, torch.Tensor], file: str, max_shard_bytes: 
         tensors = {name: kept[name] for name in names}
         if safe:
             check_count(len(tensors), shard)
-            metadata = _tied_metadata({name: source for name, source in tied.items() if source in tensors})
+            metadata = tied_metadata({name: source for name, source in tied.items() if source in tensors})
             files.append(TensorFile(shard, tensors, metadata))
         else:
             files.append(PickleFile(shard, tensors))
         weight_map.update(dict.fromkeys(names, shard))
     if len(plan) > 1:
-        content = {"metadata": {"total_size": sum(map(_size, kept.values()))}, "weight_map": weight_map}
-        text = msgspec.json.format(msgspec.json.encode(content, order="deterministic"), indent=2)
-        _check_count(text.count(b":"), MAX_INDEXED, layout.index_file(file))
-        files.append(TextFile(layout.index_file(file), text + b"\n"))
+        files.append(plan_index(file, weight_map, sum(map(_size, kept.values()))))
     return files
+
+
+def plan_index(file: str, weight_map: Mapping[str, str], total_bytes: int) -> TextFile:
+    """Return the file that says which shard holds which tensor of the weights that `file` alone would hold.
+
+    Raises:
+        CheckpointError: If it would name more tensors than are read.
+    """
+    content = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    text = msgspec.json.format(msgspec.json.encode(content, order="deterministic"), indent=2)
+    _check_count(text.count(b":"), MAX_INDEXED, layout.index_file(file))
+    return TextFile(layout.index_file(file), text + b"\n")
 
 
 def plan_shards(sizes: Mapping[str, int], max_bytes: int | None) -> list[list[str]]:
@@ -182,7 +191,8 @@ def _check_count(count: int, limit: int, name: str) -> None:
         )
 
 
-def _tied_metadata(tied: Mapping[str, str]) -> dict[str, str]:
+def tied_metadata(tied: Mapping[str, str]) -> dict[str, str]:
+    """Return what a file's metadata says of names that share the memory of others."""
     return {TIED_KEY: msgspec.json.encode(dict(tied)).decode()} if tied else {}
 
 
@@ -208,12 +218,17 @@ def load_weights(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
     )
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+def read_index(index: Path) -> dict[str, Path]:
+    """Read which file holds which tensor.
+
+    Raises:
+        MissingFile: If a file is not there.
+        CheckpointError: If the index is damaged, or names a file elsewhere.
+    """
     content = index.read_bytes()
     if content.count(b":") > MAX_INDEXED:
         raise documents.damaged(index, f"it names more than the {MAX_INDEXED} tensors that are read")
     names = documents.parse(content, _Index, index).weight_map
-    state: dict[str, torch.Tensor] = {}
     for shard in dict.fromkeys(names.values()):
         file = index.parent / shard
         if not layout.is_file_name(shard) or file.resolve().parent != index.parent.resolve():
@@ -225,6 +240,13 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
             )
         if not file.is_file():
             raise layout.MissingFile(explain(f"{index} names the shard {shard!r}, which is not there."))
+    return {name: index.parent / shard for name, shard in names.items()}
+
+
+def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+    names = read_index(index)
+    state: dict[str, torch.Tensor] = {}
+    for file in dict.fromkeys(names.values()):
         state.update(_read(file))
     if missing := [name for name in names if name not in state]:
         listed = ", ".join(repr(name[:200]) for name in missing[:5])
@@ -318,7 +340,7 @@ def save(
             )
         )
     kept, tied = separate_tied(obj)
-    content = TensorFile("", kept, _tied_metadata(tied))
+    content = TensorFile("", kept, tied_metadata(tied))
     _write_to(f, content.write_to)
 
 

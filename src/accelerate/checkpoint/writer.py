@@ -17,7 +17,7 @@ from typing import Self
 from . import durable
 from .disk_errors import about
 from .files import File
-from .manifest import FileEntry, describe
+from .manifest import FileEntry, entry_of
 
 _THREADS = 2  # one waits for the disk while the other one hashes
 
@@ -48,7 +48,7 @@ class Writer:
             self._tasks.put(partial(self._describe, file.name))
 
     def _describe(self, name: str) -> None:
-        self.entries[name] = describe(self.folder / name)
+        self.entries[name] = entry_of(self.folder / name)
 
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:

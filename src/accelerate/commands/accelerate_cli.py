@@ -15,18 +15,20 @@ from ..core.versions import __version__
 
 COMMANDS = {
     "launch": ("launch", "Run a script on one process, several devices or several machines."),
+    "checkpoint": ("checkpoint", "Look into checkpoints, check them, write them in another form."),
     "config": ("config", "Write the configuration file of `launch`."),
     "env": ("env", "Describe this machine, for a bug report."),
+    "merge-weights": ("merge", "Make one file of a sharded checkpoint of FSDP."),
     "test": ("test", "Check that training works on this machine."),
 }
 """Command -> (its module, what it does)."""
 
-ABSENT = ("estimate-memory", "merge-weights", "tpu-config", "to-fsdp2")
+ABSENT = ("estimate-memory", "tpu-config", "to-fsdp2")
 """Commands of other versions that this one does not have yet."""
 
 
 def _parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<10} {text}" for name, (_, text) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         "accelerate",
         usage="accelerate COMMAND [ARGS]",

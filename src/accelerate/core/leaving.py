@@ -20,7 +20,7 @@ class Preempted(SystemExit):
     It is a `SystemExit`: left alone it ends the process with `code` and no traceback, and `finally` blocks run.
     """
 
-    def __init__(self, folder: Path, reason: str, code: int = PREEMPTED_STATUS) -> None:
+    def __init__(self, folder: Path | str, reason: str, code: int = PREEMPTED_STATUS) -> None:
         super().__init__(code)
         self.folder = folder
         """The checkpoint to continue from."""

@@ -88,7 +88,7 @@ def load_state(
     manifest.check_verify(verify)
     choice = _choose(folder, project, runtime, strict, verify)
     source = Path(choice.folder)
-    with commit.together(runtime.collectives, source, "was not loaded"):
+    with commit.together(runtime.collectives, f"The checkpoint {source} was not loaded", source):
         # Counted before anything is loaded by position.
         _check_custom_objects(source, len(contents.custom_objects))
         evaluates = _only_evaluates(source, contents.optimizers)

@@ -23,7 +23,7 @@ from .save import checkpoints_folder
 from .session import Session
 
 
-def watch_signals(session: Session, save: Callable[[], Path]) -> None:
+def watch_signals(session: Session, save: Callable[[], Path | str]) -> None:
     """Let the signals of the settings save the run. Called on all ranks, when it is set up.
 
     Raises:
@@ -41,7 +41,7 @@ def _trains(session: Session) -> bool:
     return bool(session.optimizers)
 
 
-def _leave(session: Session, save: Callable[[], Path], reason: str) -> NoReturn:
+def _leave(session: Session, save: Callable[[], Path | str], reason: str) -> NoReturn:
     """Save and leave the script. Called on all ranks at the same place; collective."""
     watch = preemption.current
     if watch is not None and session.optimizers:

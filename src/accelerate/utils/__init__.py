@@ -125,6 +125,7 @@ _HOMES = {
     "is_xpu_available": "hardware",
     "listify": "runtime.ops",
     "load": "checkpoint.weights",
+    "merge_fsdp_weights": "checkpoint.convert",
     "override_numa_affinity": "hardware.affinity",
     "pad_across_processes": "runtime.ops",
     "pad_input_tensors": "runtime.ops",
@@ -152,6 +153,7 @@ _MODULES = (
     "constants",
     "dataclasses",
     "environment",
+    "fsdp_utils",
     "imports",
     "memory",
     "modeling",
@@ -162,6 +164,7 @@ _MODULES = (
 )
 
 if TYPE_CHECKING:
+    from ..checkpoint.convert import merge_fsdp_weights as merge_fsdp_weights
     from ..checkpoint.layout import MODEL_NAME as MODEL_NAME
     from ..checkpoint.layout import OPTIMIZER_NAME as OPTIMIZER_NAME
     from ..checkpoint.layout import RNG_STATE_NAME as RNG_STATE_NAME
