@@ -206,7 +206,7 @@ def test_a_project_marks_the_checkpoint_that_would_be_loaded(tmp_path: Path) -> 
         ]  # fmt: skip
         assert len(found.checkpoints) == 11
         assert found.newest == "checkpoint_8"
-    with pytest.warns(UserWarning, match="newer ones are not complete"):
+    with pytest.warns(UserWarning, match="because newer ones cannot be"):
         assert run.load().folder.name == found.newest
 
 

@@ -18,6 +18,7 @@ from accelerate.checkpoint import layout, remote
 from accelerate.core import available
 from accelerate.core.errors import CheckpointError, MissingPackage, SettingError
 from accelerate.session import remote as session
+from accelerate.session.save import Contents
 from accelerate.utils import ProjectConfiguration
 
 from ...support.ranks import run_on_ranks
@@ -32,11 +33,12 @@ class RemoteRun(Run):
     def save(self, folder: Any = None, step: int = 0, **options: Any) -> Any:
         options = {"get_model_state": lambda model: model.state_dict(), "pre_hooks": (), **options}
         act = session.saver(folder, self.project)
-        return act(folder=folder, project=self.project, step=step, runtime=self.runtime, **self.objects, **options)
+        common: dict[str, Any] = {"project": self.project, "runtime": self.runtime, "saving": self.saving}
+        return act(Contents(**self.objects), folder=folder, step=step, **common, **options).wait()
 
     def load(self, folder: Any = None, **options: Any) -> Any:
         act = session.loader(folder, self.project)
-        return act(folder=folder, project=self.project, runtime=self.runtime, **self.objects, **options)
+        return act(Contents(**self.objects), folder=folder, project=self.project, runtime=self.runtime, **options)
 
 
 def counting(value: int, address: str | None = None, **project: Any) -> RemoteRun:
