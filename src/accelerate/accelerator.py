@@ -589,11 +589,16 @@ class Accelerator:
         self.flag_tensor = torch.ones(1, device=self.device)
 
     def check_trigger(self) -> bool:
-        """Tell whether any rank has set the flag, and clear it. Called on all ranks; collective."""
-        flag = self.flag_tensor if self.flag_tensor is not None else torch.zeros(1, device=self.device)
-        raised = bool(ops.reduce(flag, reduction="sum").item() >= 1)
-        self.flag_tensor = None
-        return raised
+        """Tell whether any rank has set the flag, and clear it. Called on all ranks; collective.
+
+        A flag that is set while the ranks talk, as a signal handler may do, counts the next time.
+        """
+        flag = self.flag_tensor
+        if flag is None:
+            flag = torch.zeros(1, device=self.device)
+        else:  # not where there was none: a signal may have set it just now
+            self.flag_tensor = None
+        return bool(ops.reduce(flag, reduction="sum").item() >= 1)
 
     def profile(self, profile_handler: ProfileKwargs | None = None) -> AbstractContextManager[Any]:
         """Return a region under `torch.profiler`, which yields the profiler."""

@@ -314,15 +314,16 @@ def test_a_stream_of_batches_that_nobody_can_look_into_goes_on_where_it_was(disp
 
 @pytest.mark.parametrize("taken", [1, 4, 5, 7])
 @pytest.mark.parametrize("sampler", ["a generator", "seedable"])
-def test_few_batches_that_workers_read_while_a_pass_is_opened(sampler: str, taken: int) -> None:
-    """More of them read ahead than did in the run that saved: the pass ends before it has begun."""
+@pytest.mark.parametrize("workers_before", [0, 2])
+def test_few_batches_that_workers_read_while_a_pass_is_opened(workers_before: int, sampler: str, taken: int) -> None:
+    """The pass ends before it has begun, for the first time or, where as many read ahead, again."""
 
     def loader(workers: int) -> Any:
         generator = torch.Generator().manual_seed(3)
         plain = DataLoader(range(24), batch_size=3, shuffle=True, generator=generator, num_workers=workers)
         return prepare(plain, use_seedable_sampler=sampler == "seedable", data_seed=3)
 
-    first = loader(0)
+    first = loader(workers_before)
     batches = iter(first)
     for _ in range(taken):
         next(batches)

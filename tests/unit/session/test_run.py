@@ -10,6 +10,7 @@ import torch
 
 from accelerate import Accelerator
 from accelerate.core.errors import SettingError, UnsupportedCombination
+from accelerate.runtime import ops
 from accelerate.runtime.accumulation import GradientState
 from accelerate.session import metrics
 from accelerate.utils import (
@@ -109,6 +110,22 @@ def triggered() -> list:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_flag_of_one_rank_is_seen_by_all_once(processes):
     assert run_on_ranks(triggered, processes) == [[False, True, False]] * processes
+
+
+def test_a_trigger_that_a_signal_sets_while_ranks_talk_is_not_lost(monkeypatch):
+    accelerator = Accelerator(cpu=True)
+    reduce = ops.reduce
+
+    def interrupted(*args, **options):
+        found = reduce(*args, **options)
+        accelerator.set_trigger()
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "reduce", interrupted)
+        assert not accelerator.check_trigger()
+    assert accelerator.check_trigger()
+    assert not accelerator.check_trigger()
 
 
 def test_uneven_inputs_alone_change_nothing():
