@@ -69,7 +69,6 @@ class Cell:
 
     def __init__(self, folder: Path, kind: str, ranks: int = 1, mode: str = "blocking") -> None:
         self.folder, self.kind, self.ranks, self.mode = folder.resolve(), kind, ranks, mode
-        self.threads = bool(program.MODES[mode])  # what does not block has a thread of its own
         self.name = f"{kind}, {ranks} {'rank' if ranks == 1 else 'ranks'}, {mode}"
         root = self.folder / "reference"
         if kind == BESIDE:
@@ -186,7 +185,7 @@ class Cell:
         """Return where one rank of a save can be killed."""
         root, log = self.fresh("logged"), self.folder / "log"
         if tool == STRACE:
-            self.save(root, 1, attach=lambda pids: tracing.logged(log, self.threads, pids, victim))
+            self.save(root, 1, attach=lambda pids: tracing.logged(log, pids, victim))
             return tracing.points(log.read_text(), root)
         count = watching.counted, victim, root, log
         processes.run(*count, program.save, self.place(root), 1, self.mode, ranks=self.ranks)
@@ -196,7 +195,7 @@ class Cell:
         """Save undisturbed; return what that did to the disk."""
         root, log = self.fresh("logged"), self.folder / "log"
         if tool == STRACE:
-            outcomes = self.save(root, 1, attach=partial(tracing.logged, log, self.threads))
+            outcomes = self.save(root, 1, attach=partial(tracing.logged, log))
             ops = tracing.parse(log.read_text(), root)
         else:
             assert self.ranks == 1, "a process sees only its own changes"
@@ -250,7 +249,7 @@ def _chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 def _killed(cell: Cell, victim: int, tool: str, point: Any, root: Path) -> list[Outcome]:
     if tool == STRACE:
-        return cell.save(root, 1, attach=partial(tracing.kill_at, point, victim, cell.threads))
+        return cell.save(root, 1, attach=partial(tracing.kill_at, point, victim))
     args = cell.place(root), 1, cell.mode
     return processes.run(watching.killed, victim, point, root, program.save, *args, ranks=cell.ranks)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import os
 import select
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -23,6 +25,8 @@ GRACE_SECONDS = 15.0
 
 READY = "ready"
 """A process that tells this waits until all of them have."""
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 Attach = Callable[[Sequence[int]], AbstractContextManager[Any]]
 
@@ -106,10 +110,12 @@ def run(
 def _fork(function: Callable[..., Any], args: Sequence[Any], rank: int, ranks: int, port: int) -> _Child:
     from_child, to_parent = os.pipe()
     from_parent, to_child = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
+            _end_with(parent)
             gc.freeze()  # destructors of what the parent holds are not for its copies
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             _become(rank, ranks, port)
@@ -122,6 +128,14 @@ def _fork(function: Callable[..., Any], args: Sequence[Any], rank: int, ranks: i
     os.close(to_parent)
     os.close(from_parent)
     return _Child(pid, from_child, to_child)
+
+
+def _end_with(parent: int) -> None:
+    """Let the kernel end this process when the one that forked it ends, however it ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it has ended before that was said
+        os._exit(1)
 
 
 def _become(rank: int, ranks: int, port: int) -> None:

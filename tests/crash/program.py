@@ -24,7 +24,7 @@ from accelerate.utils import ProjectConfiguration
 
 from .processes import READY
 
-MODES: dict[str, dict[str, Any]] = {"blocking": {}}
+MODES: dict[str, dict[str, Any]] = {"blocking": {}, "asynchronous": {"blocking": False}}
 """Keywords of `save_state`; a result that can be waited for is waited for."""
 
 NUMBERED, OVER, BESIDE, NEW = "numbered", "over", "beside", "new"

@@ -29,9 +29,9 @@ _POSITIONS = "lseek"
 
 
 @contextmanager
-def _strace(pids: Sequence[int], options: Sequence[str], threads: bool) -> Iterator[None]:
+def _strace(pids: Sequence[int], options: Sequence[str]) -> Iterator[None]:
     attach = [word for pid in pids for word in ("-p", str(pid))]
-    command = ["strace", "-qq", *(["-f"] if threads else []), *options, *attach]
+    command = ["strace", "-qq", "-f", *options, *attach]  # -f: threads flush what others wrote
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert process.stderr is not None
     try:
@@ -62,19 +62,19 @@ class Point:
 
 
 @contextmanager
-def kill_at(point: Point, victim: int, threads: bool, pids: Sequence[int]) -> Iterator[None]:
+def kill_at(point: Point, victim: int, pids: Sequence[int]) -> Iterator[None]:
     """Kill one of the processes when it is about to make a certain call."""
     inject = f"inject={point.call}:signal=SIGKILL:when={point.number}"
-    with _strace([pids[victim]], ["-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject], threads):
+    with _strace([pids[victim]], ["-o", "/dev/null", "-e", f"trace={point.call}", "-e", inject]):
         yield
 
 
 @contextmanager
-def logged(log: Path, threads: bool, pids: Sequence[int], only: int | None = None) -> Iterator[None]:
+def logged(log: Path, pids: Sequence[int], only: int | None = None) -> Iterator[None]:
     """Write to `log` what the processes do, or only one of them."""
     pids = pids if only is None else [pids[only]]
     options = ["-o", str(log), "-y", "-xx", "-s", str(1 << 20), "-e", f"trace={_CHANGES},{_POSITIONS}"]
-    with _strace(pids, options, threads):
+    with _strace(pids, options):
         yield
 
 

@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,17 @@ _OTHERS = {"os.remove": "unlink", "os.rmdir": "rmdir", "os.mkdir": "mkdir"}
 
 
 def _watch(root: Path, before: Callable[[Op], None], after_sync: Callable[[Op], None]) -> None:
-    """Call `before` ahead of each change below `root`, and `after_sync` after each fsync."""
-    busy = False
+    """Call `before` ahead of each change below `root`, and `after_sync` after each fsync, never both at once."""
+    own = threading.local()  # what a thread does in `before` is no change of the save
+    lock = threading.Lock()
+
+    def tell(listener: Callable[[Op], None], op: Op) -> None:
+        own.busy = True
+        try:
+            with lock:
+                listener(op)
+        finally:
+            own.busy = False
 
     def relative(path: Any, folder: Any = None) -> str | None:
         if isinstance(path, int):
@@ -47,26 +57,20 @@ def _watch(root: Path, before: Callable[[Op], None], after_sync: Callable[[Op], 
         return None
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal busy
-        if not busy and (event == "open" or event in _OTHERS or event in _RENAMES):
-            busy = True
-            try:
-                if (op := find(event, args)) is not None:
-                    before(op)
-            finally:
-                busy = False
+        if getattr(own, "busy", False) or not (event == "open" or event in _OTHERS or event in _RENAMES):
+            return
+        if (op := find(event, args)) is not None:
+            tell(before, op)
 
     def syncing(real: Callable[[Any], None]) -> Callable[[Any], None]:
         def fsync(descriptor: Any) -> None:
-            nonlocal busy
             number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-            path, busy = relative(number), True
-            if path is not None:
-                before(Op("fsync", path))
+            if (path := relative(number)) is None:
+                return real(number)
+            tell(before, Op("fsync", path))
             real(number)
-            if path is not None:
-                after_sync(Op("fsync", path))
-            busy = False
+            tell(after_sync, Op("fsync", path))
+            return None
 
         return fsync
 

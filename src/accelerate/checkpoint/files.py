@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
-import safetensors.torch
 import torch
 
 from ..hardware import Hardware
+from .tensor_file import info_of, write_tensors
 from .trust import write_pickle
 
 
@@ -75,11 +75,12 @@ class TensorFile(File):
 
     def write_to(self, target: Path | IO[bytes]) -> None:
         """Write the content to a path, or into a stream."""
-        tensors, metadata = own_memory(self.tensors), {"format": "pt", **self.metadata}
         if isinstance(target, Path):
-            safetensors.torch.save_file(tensors, target, metadata=metadata)
+            with target.open("wb") as stream:
+                self.write_to(stream)
         else:
-            target.write(safetensors.torch.save(tensors, metadata=metadata))
+            tensors = {name: info_of(tensor) for name, tensor in self.tensors.items()}
+            write_tensors(target, tensors, self.tensors.__getitem__, {"format": "pt", **self.metadata})
 
     def with_tensors(self, change: Callable[[str, torch.Tensor], torch.Tensor]) -> TensorFile:
         return replace(self, tensors={name: change(name, tensor) for name, tensor in self.tensors.items()})
@@ -109,18 +110,6 @@ class PickleFile(File):
 
 def _total_bytes(state: Mapping[str, Any]) -> int:
     return sum(value.nbytes for value in state.values() if isinstance(value, torch.Tensor))
-
-
-def own_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the tensors laid out as a file wants them; those that show memory of another one are copied."""
-    result: dict[str, torch.Tensor] = {}
-    seen: set[tuple[torch.device, int]] = set()
-    for name, tensor in tensors.items():
-        content = tensor.detach().resolve_conj().resolve_neg().contiguous()
-        storage = (content.device, content.untyped_storage().data_ptr())
-        result[name] = content.clone() if storage in seen else content
-        seen.add(storage)
-    return result
 
 
 class SnapshotMemory:

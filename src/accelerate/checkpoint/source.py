@@ -185,7 +185,9 @@ def rewrite(
         shard = file.with_name(layout.shard_file(file.name, number, len(plan)))
         tensors = {name: source.tensors[name] for name in names}
         tied = {name: target for name, target in source.tied.items() if target in tensors}
-        write_tensors(shard, tensors, read, {"format": "pt", **tied_metadata(tied)})
+        with shard.open("wb") as stream:
+            write_tensors(stream, tensors, read, {"format": "pt", **tied_metadata(tied)})
+        durable.flush_file(shard)
         weight_map.update(dict.fromkeys(names, shard.name))
     if len(plan) > 1:
         index = plan_index(file.name, weight_map, source.num_bytes)

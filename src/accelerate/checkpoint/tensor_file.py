@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import torch
@@ -127,17 +128,17 @@ def _info(entry: _Entry) -> TensorInfo:
 
 
 def write_tensors(
-    file: Path,
+    stream: IO[bytes],
     tensors: Mapping[str, TensorInfo],
     read: Callable[[str], torch.Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a safetensors file, asking for one tensor after the other, and wait until it is on the disk.
+    """Write a safetensors file, asking for one tensor after the other. The same tensors always make the same bytes.
 
     Args:
-        file: What to write.
+        stream: Where to write.
         tensors: What `read` will return, by name.
-        read: Returns one tensor on the CPU; asked once for each, in the order of the file.
+        read: Returns one tensor; asked once for each, in the order of the file.
         metadata: Texts to keep in the header.
 
     Raises:
@@ -145,20 +146,22 @@ def write_tensors(
     """
     order = list(_in_order(tensors))
     header = _header(tensors, order, metadata)
-    with file.open("wb") as stream:
-        stream.write(len(header).to_bytes(8, "little"))
-        stream.write(header)
-        for name in order:
-            tensor = read(name)
-            if info_of(tensor) != tensors[name]:
-                raise CheckpointError(
-                    explain(f"{name!r} is {info_of(tensor)} and was announced as {tensors[name]}.", remedy="Try again.")
-                )
-            if tensor.numel():
-                stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            del tensor  # or it would still be there while the next one is read
-        stream.flush()
-        os.fsync(stream.fileno())
+    stream.write(len(header).to_bytes(8, "little"))
+    stream.write(header)
+    for name in order:
+        tensor = read(name).detach()
+        if info_of(tensor) != tensors[name]:
+            raise CheckpointError(
+                explain(f"{name!r} is {info_of(tensor)} and was announced as {tensors[name]}.", remedy="Try again.")
+            )
+        if tensor.numel():
+            stream.write(_bytes_of(tensor.cpu().resolve_conj().resolve_neg().contiguous()))
+        del tensor  # or it would still be there while the next one is read
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    """Return the memory of a tensor on the CPU that is in one piece and not empty."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _in_order(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
