@@ -203,8 +203,8 @@ def main() -> None:
         workers = {"ours": Worker(Path(place, "ours"), options.megabytes, None)}
         if options.peer.is_dir():
             workers["peer"] = Worker(Path(place, "peer"), options.megabytes, str(options.peer.resolve()))
+        _print_memory(workers)  # first: later saves in the background find their memory there
         _print_times(workers, options.rounds)
-        _print_memory(workers)
         for worker in workers.values():
             worker.end()
 

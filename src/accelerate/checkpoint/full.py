@@ -16,7 +16,7 @@ from ..core.errors import CheckpointError, explain
 from . import layout, naming
 from .files import File
 from .train_state import plan_state, read_state
-from .weights import complete_tied, load_weights, plan_weights
+from .weights import complete_tied, load_weights, own_copies, plan_weights
 
 
 def plan_model(state: Mapping[str, torch.Tensor], index: int, safe_serialization: bool = True) -> list[File]:
@@ -37,6 +37,8 @@ def load_model(model: torch.nn.Module, folder: Path, index: int, **kwargs: Any) 
         CheckpointError: If the weights are damaged, or do not fit the model.
     """
     weights = complete_tied(load_weights(folder, index), model)
+    if kwargs.get("assign"):
+        weights = own_copies(weights)
     try:
         model.load_state_dict(weights, **kwargs)
     except RuntimeError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -23,7 +24,8 @@ from .disk_errors import about
 
 FORMAT = 1
 MAX_FILES = 200_000
-_CHUNK_BYTES = 2**22
+_CHUNK_BYTES = 2**20  # what is hashed is still in the cache of the processor that has read it
+_THREADS = 4
 _BLANK = "0" * 16
 
 Verify = Literal["full", "size", "off"]
@@ -95,11 +97,14 @@ def _own_hash(text: bytes, stated: str) -> str:
 def entry_of(file: Path, told: Callable[[int], None] = lambda _: None) -> FileEntry:
     """Read a file and describe it; `told` hears how many bytes were read, now and then."""
     digest = xxhash.xxh3_64()
-    with about(file), file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK_BYTES):
-            digest.update(chunk)
-            told(len(chunk))
-        return FileEntry(stream.tell(), digest.hexdigest())
+    chunk = memoryview(bytearray(_CHUNK_BYTES))
+    num_bytes = 0
+    with about(file), file.open("rb", buffering=0) as stream:
+        while length := stream.readinto(chunk):
+            digest.update(chunk[:length])
+            num_bytes += length
+            told(length)
+    return FileEntry(num_bytes, digest.hexdigest())
 
 
 def read(folder: Path) -> Manifest | None:
@@ -194,8 +199,7 @@ def check(folder: Path, manifest: Manifest, verify: Verify = "full") -> None:
         if layout.is_checkpoint_file(path.name) and path.name not in known
     ]
     if not wrong and verify == "full":  # reading is slow: not where it is known already that something is wrong
-        different = [name for name, entry in manifest.files.items() if entry_of(folder / name) != entry]
-        wrong = [f"{name} has other content than was written" for name in different]
+        wrong = [f"{name} has other content than was written" for name in _different(folder, manifest)]
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise CheckpointError(
@@ -204,6 +208,15 @@ def check(folder: Path, manifest: Manifest, verify: Verify = "full") -> None:
                 remedy="Load another one. What does not belong there can be moved away.",
             )
         )
+
+
+def _different(folder: Path, manifest: Manifest) -> list[str]:
+    """Read all files, several at once, and return those that are not what was written."""
+    largest_first = sorted(manifest.files, key=lambda name: manifest.files[name].num_bytes, reverse=True)
+    with ThreadPoolExecutor(_THREADS) as threads:  # reading and hashing let other threads run
+        found = threads.map(lambda name: entry_of(folder / name), largest_first)
+        entries = dict(zip(largest_first, found, strict=True))
+    return [name for name, entry in manifest.files.items() if entries[name] != entry]
 
 
 def _problem(folder: Path, name: str, entry: FileEntry) -> str:

@@ -21,7 +21,7 @@ from ..hardware import Hardware
 from . import documents, layout, legacy
 from .codec import decode, encode
 from .files import File, TensorFile, TextFile
-from .weights import check_count, read_tensors
+from .weights import check_count, own_copies, read_tensors
 
 FORMAT = 1
 
@@ -77,7 +77,8 @@ def read_state(folder: Path, stem: str) -> Any:
     if document.num_tensors:
         if not numbers.is_file():
             raise layout.MissingFile(explain(f"{structure} keeps tensors in {numbers.name}, which is not there."))
-        tensors, _ = read_tensors(numbers)
+        found, _ = read_tensors(numbers)
+        tensors = own_copies(found)  # optimizers keep them
     if len(tensors) != document.num_tensors:
         raise documents.damaged(structure, f"{document.num_tensors} tensors are named, and {len(tensors)} are there")
     return decode(document.state, tensors, str(structure))

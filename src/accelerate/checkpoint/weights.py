@@ -272,8 +272,21 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
     return state
 
 
+def own_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return copies that do not lie in the file that the tensors were read from, for whoever keeps them.
+
+    A file that stays mapped takes up the disk after it is deleted, changes the tensors when it is written into, and
+    ends the process if it is cut. Names of the same tensor stay names of the same tensor.
+    """
+    copies = {id(tensor): tensor for tensor in tensors.values()}
+    copies = {place: tensor.clone() for place, tensor in copies.items()}
+    return {name: copies[id(tensor)] for name, tensor in tensors.items()}
+
+
 def read_tensors(file: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Read the tensors that stand in one safetensors file onto the CPU, and its metadata.
+
+    The tensors lie in the file, which is mapped: see `own_copies`.
 
     Raises:
         CheckpointError: If it is damaged.

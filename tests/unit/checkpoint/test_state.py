@@ -95,6 +95,20 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str, sched
     assert same_bits(second.scheduler.state_dict(), first.scheduler.state_dict())
 
 
+def test_what_was_loaded_does_not_lie_in_the_files(tmp_path: Path) -> None:
+    """A run that has loaded a checkpoint neither changes with its files nor keeps the disk from deleting them."""
+    first, second = Training("adamw", "step", seed=1), Training("adamw", "step", seed=2)
+    first.steps(2)
+    first.run().save(tmp_path / "c")
+    second.run().load(tmp_path / "c", load_model_kwargs={"assign": True})
+    for file in (tmp_path / "c").glob("*.safetensors"):
+        size = file.stat().st_size
+        with file.open("r+b") as stream:  # the same file, not another one in its place
+            stream.write(b"\xff" * size)
+    assert same_bits(dict(second.model.state_dict()), dict(first.model.state_dict()))
+    assert same_bits(second.optimizer.state_dict(), first.optimizer.state_dict())
+
+
 def test_files_of_a_full_run(tmp_path: Path) -> None:
     one, two = Training("adamw", "step", 1), Training("sgd", "step", 1)
     run = Run().having(
