@@ -30,6 +30,7 @@ _HOMES = {
     "debug_launcher": "launch.functions",
     "find_executable_batch_size": "runtime.memory",
     "is_rich_available": "core.available",
+    "load_checkpoint_in_model": "session.in_model",
     "notebook_launcher": "launch.functions",
     "skip_first_batches": "data.resume",
     "synchronize_rng_states": "runtime.rng",
@@ -37,6 +38,7 @@ _HOMES = {
 
 _MODULES = (
     "accelerator",
+    "big_modeling",
     "checkpointing",
     "data_loader",
     "launchers",
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from .runtime.memory import find_executable_batch_size as find_executable_batch_size
     from .runtime.partial_state import PartialState as PartialState
     from .runtime.rng import synchronize_rng_states as synchronize_rng_states
+    from .session.in_model import load_checkpoint_in_model as load_checkpoint_in_model
     from .settings.options.absent import DeepSpeedPlugin as DeepSpeedPlugin
     from .settings.options.absent import (
         FullyShardedDataParallelPlugin as FullyShardedDataParallelPlugin,

@@ -61,6 +61,8 @@ HERE = {
     "accelerate.utils.modeling.convert_file_size_to_int",
     "accelerate.utils.modeling.get_grad_scaler",
     "accelerate.utils.modeling.get_mixed_precision_context_manager",
+    "accelerate.utils.modeling.load_checkpoint_in_model",
+    "accelerate.utils.modeling.load_state_dict",
 }
 
 ALL_MEMBERS = {"accelerate.accelerator.Accelerator"}

@@ -206,9 +206,9 @@ def load_weights(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
     for safe in (True, False):
         file = folder / layout.model_file(index, safe)
         if file.is_file():
-            return _read(file)
+            return read_file(file)
         if file.with_name(layout.index_file(file.name)).is_file():
-            return _read_shards(file.with_name(layout.index_file(file.name)))
+            return read_shards(file.with_name(layout.index_file(file.name)))
     raise layout.MissingFile(
         explain(
             f"{folder} holds no weights of model {index}.",
@@ -243,18 +243,29 @@ def read_index(index: Path) -> dict[str, Path]:
     return {name: index.parent / shard for name, shard in names.items()}
 
 
-def _read_shards(index: Path) -> dict[str, torch.Tensor]:
+def read_shards(index: Path) -> dict[str, torch.Tensor]:
+    """Read all weights that an index names onto the CPU.
+
+    Raises:
+        MissingFile: If a file is not there.
+        CheckpointError: If something is damaged, or the index names a file elsewhere.
+    """
     names = read_index(index)
     state: dict[str, torch.Tensor] = {}
     for file in dict.fromkeys(names.values()):
-        state.update(_read(file))
+        state.update(read_file(file))
     if missing := [name for name in names if name not in state]:
         listed = ", ".join(repr(name[:200]) for name in missing[:5])
         raise CheckpointError(explain(f"{index} names tensors that its shards do not hold: {listed}."))
     return state
 
 
-def _read(file: Path) -> dict[str, torch.Tensor]:
+def read_file(file: Path) -> dict[str, Any]:
+    """Read one file of weights onto the CPU: safetensors by its name, otherwise of `torch.save`.
+
+    Raises:
+        CheckpointError: If it is damaged, or a pickle that holds more than data.
+    """
     return read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
 
 

@@ -125,6 +125,8 @@ _HOMES = {
     "is_xpu_available": "hardware",
     "listify": "runtime.ops",
     "load": "checkpoint.weights",
+    "load_checkpoint_in_model": "session.in_model",
+    "load_state_dict": "session.in_model",
     "merge_fsdp_weights": "checkpoint.convert",
     "override_numa_affinity": "hardware.affinity",
     "pad_across_processes": "runtime.ops",
@@ -287,6 +289,8 @@ if TYPE_CHECKING:
     from ..runtime.rng import set_seed as set_seed
     from ..runtime.rng import synchronize_rng_state as synchronize_rng_state
     from ..runtime.rng import synchronize_rng_states as synchronize_rng_states
+    from ..session.in_model import load_checkpoint_in_model as load_checkpoint_in_model
+    from ..session.in_model import load_state_dict as load_state_dict
     from ..session.region import get_grad_scaler as get_grad_scaler
     from ..session.region import (
         get_mixed_precision_context_manager as get_mixed_precision_context_manager,
