@@ -20,7 +20,7 @@ from . import precision
 from .checkpoint import weights
 from .checkpoint.background import SaveHandle
 from .core.enums import DistributedType, FP8BackendType, PrecisionType, RNGType
-from .core.errors import AccelerateError, SettingError, explain
+from .core.errors import AccelerateError, CheckpointError, SettingError, explain
 from .data.resume import skip_first_batches
 from .parallel.choose import choose
 from .parallel.ddp import sync_in_backward, verify_device_map
@@ -426,12 +426,17 @@ class Accelerator:
 
         Returns:
             As many `None` as there are arguments, to assign them to: `model, optimizer = free_memory(model, optimizer)`.
+
+        Raises:
+            CheckpointError: When all is done, if a save in the background failed and this rank has not heard of it.
         """
         count = len(objects)
         del objects  # or this frame would hold them while memory is collected
-        self._session.forget()
-        self.gradient_state.sync_gradients = True
-        clear_device_cache(garbage_collection=True)
+        try:
+            self._session.forget()
+        finally:
+            self.gradient_state.sync_gradients = True
+            clear_device_cache(garbage_collection=True)
         return [None] * count
 
     def clear(self, *objects: Any) -> list[None]:
@@ -924,7 +929,7 @@ class Accelerator:
         Called on all ranks, at the end of the script.
 
         Raises:
-            CheckpointError: On all ranks, if a save in the background failed and nobody has heard of it.
+            CheckpointError: If a save in the background failed, on each rank that has not heard of it.
         """
         try:
             self._session.saving.release()
@@ -945,11 +950,18 @@ class Accelerator:
 
         After an exception the group is left to the end of the process: leaving it could wait for ranks that are gone.
         """
-        self._session.forget()
-        if error is None:
-            self.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        try:
+            self._session.forget()
+        except CheckpointError:  # of a save in the background, and logged; what ended the script comes first
+            if error is None:
+                raise
+        finally:
+            try:
+                if error is None:
+                    self.end_training()
+            finally:
+                AcceleratorState._reset_state(reset_partial_state=True)
+                GradientState._reset_state()
 
     # Settings, and engines that this version does not have ---------------------------------------------------------
 

@@ -24,7 +24,7 @@ FOREIGN = {"theirs": b"theirs", "sub/theirs": b"theirs"}
 
 
 def replace(tell: Callable[[Any], None], final: Path) -> None:
-    with commit.staged(final, SingleProcess(), stale=lambda _: list(OLD)) as staging:
+    with commit.staged(final, SingleProcess(), stale=lambda _, __: list(OLD)) as staging:
         write_files(staging, NEW)
     tell("returned")
 

@@ -136,3 +136,33 @@ def _die(folder: Path) -> Any:
 def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="rank 1 died with exit code 17"):
         run_on_ranks(_die, 2, tmp_path / "c", timeout=20)
+
+
+def _hear_on_one_rank(folder: Path) -> Any:
+    accelerator, _ = begin()
+    fails = accelerator.process_index == 1
+
+    def refuse(_: Path) -> None:
+        if fails:
+            raise OSError(28, "No space left on device")
+
+    opened = hold_flushes(refuse)
+    handle = accelerator.save_state(folder / "a", blocking=False)
+    opened.set()
+    if accelerator.process_index == 0:
+        with pytest.raises(CheckpointError):
+            handle.wait()
+    told = ""
+    try:
+        accelerator.save_state(folder / "b")
+    except CheckpointError as error:
+        told = str(error)
+    fails = False
+    accelerator.save_state(folder / "b")
+    return told
+
+
+def test_what_one_rank_has_heard_all_hear_at_the_next_call(tmp_path: Path) -> None:
+    first, second = run_on_ranks(_hear_on_one_rank, 2, tmp_path)
+    assert first == second
+    assert "No space left on device" in first

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from accelerate.checkpoint import durable, layout, manifest, weights
+from accelerate.checkpoint import commit, durable, layout, manifest, weights
+from accelerate.core.errors import CheckpointError
 from accelerate.runtime.state import ProcessSettings, Runtime, start
 from accelerate.session.load import load_state
 from accelerate.session.save import Contents, Saving, save_state
@@ -54,7 +55,7 @@ def save(
         project=project,
         step=1,
         runtime=runtime,
-        saving=Saving(runtime.hardware),
+        saving=Saving(runtime),
         get_model_state=lambda module: module.state_dict(),
     ).wait()
 
@@ -300,3 +301,20 @@ def _newest(folder: Path) -> tuple[str, str]:
     box = Box(None)
     project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True)
     return load(begin(), project, custom=[box]).name, box.value
+
+
+def _rotation_fails(folder: Path) -> Any:
+    runtime = begin()
+    project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, total_limit=1)
+    save(runtime, project)
+
+    def rotate(*_: Any) -> list[str]:
+        raise CheckpointError("Input/output error")
+
+    commit.rotate = rotate
+    save(runtime, project)
+    return project.iteration
+
+
+def test_ranks_go_on_alike_where_an_old_checkpoint_cannot_be_removed(tmp_path: Path) -> None:
+    assert run_on_ranks(_rotation_fails, 2, tmp_path) == [2, 2]

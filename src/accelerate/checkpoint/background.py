@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+from ..collectives.base import Exchange
+
 _log = logging.getLogger(__name__)
 
 
@@ -32,17 +34,24 @@ class SaveHandle(os.PathLike[str]):
         """Tell whether the save has ended, well or not. Called on any rank."""
         return self._thread is None or not self._thread.is_alive()
 
+    def _outcome(self) -> tuple[BaseException | None, bool]:
+        """Wait, and return the failure, and whether this rank was told of it."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._failure, self._is_told
+
     def wait(self) -> Path | str:
-        """Return the folder, or the address, when the checkpoint is complete. Called on any rank; blocks until all have written.
+        """Return the folder, or the address, when the checkpoint is complete.
+
+        Called on any rank; blocks until all ranks have written.
 
         Raises:
             CheckpointError: If it failed on any rank; what was there before is whole. All ranks hear of it.
         """
-        if self._thread is not None:
-            self._thread.join()
+        failure, _ = self._outcome()
         self._is_told = True
-        if self._failure is not None:
-            raise self._failure
+        if failure is not None:
+            raise failure
         return self.folder
 
     def __fspath__(self) -> str:
@@ -53,10 +62,24 @@ class SaveHandle(os.PathLike[str]):
         return f"{type(self).__name__}({str(self.folder)!r}, {state})"
 
 
+_running: set[threading.Thread] = set()
+
+
+def settle() -> None:
+    """Wait for all saves that this process writes in the background, whoever began them; raise nothing.
+
+    Saves to the same place write aside at the same place, so one must have ended before another one begins.
+    """
+    for thread in list(_running):
+        if thread is not threading.current_thread():
+            thread.join()
+
+
 class Background:
     """At most one save at a time that runs beside the training."""
 
-    def __init__(self) -> None:
+    def __init__(self, exchange: Exchange) -> None:
+        self._exchange = exchange
         self._last: SaveHandle | None = None
 
     def start(self, folder: Path, save: Callable[[], None]) -> SaveHandle:
@@ -69,20 +92,42 @@ class Background:
             except BaseException as error:  # noqa: BLE001 - raised where somebody waits
                 handle._failure = error
                 _log.error("A save in the background failed; the next checkpoint call raises this. %s", error)
+            finally:
+                _running.discard(thread)
 
-        handle._thread = threading.Thread(target=run, name="accelerate-save")
-        handle._thread.start()
         self._last = handle
+        handle._thread = thread = threading.Thread(target=run, name="accelerate-save")
+        _running.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left, and the other ranks are waiting
+            handle._thread = None
+            run()
         return handle
 
     def wait(self) -> None:
-        """Wait for the last save, and raise its failure unless somebody has heard of it."""
+        """Wait for the last save, and raise its failure unless all ranks have heard of it from its handle.
+
+        Called on all ranks; collective if a save was begun since the last call.
+
+        Raises:
+            CheckpointError: On all ranks, if it failed.
+        """
         last, self._last = self._last, None
         if last is None:
             return
-        was_told = last._is_told
-        try:
-            last.wait()
-        except Exception:
-            if not was_told:
-                raise
+        failure, is_told = last._outcome()
+        # What one rank has caught another one may not have heard of, and they would go different ways.
+        if failure is not None and not all(self._exchange.all_gather_object(is_told)):
+            raise failure
+
+    def end(self) -> None:
+        """Wait for the last save, and raise its failure unless this rank has heard of it. Not collective.
+
+        Raises:
+            CheckpointError: If it failed.
+        """
+        last, self._last = self._last, None
+        failure, is_told = last._outcome() if last is not None else (None, True)
+        if failure is not None and not is_told:
+            raise failure

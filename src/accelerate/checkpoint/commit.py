@@ -19,7 +19,7 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -30,7 +30,7 @@ import xxhash
 
 from ..collectives.base import Collectives, Exchange
 from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
-from . import disk_errors, documents, durable, layout
+from . import background, disk_errors, documents, durable, layout, manifest
 from .files import File
 from .manifest import FileEntry
 from .writer import Writer
@@ -71,10 +71,16 @@ class _RankGone(CheckpointError):
     """Nothing was heard of another rank: it may have done its part, or not."""
 
 
+_UNTOUCHED = "What was there before is untouched."
 _STILL_WHOLE = "Either the state that was there before or the new one is whole; loading finds out which."
 
 
-def nothing(_: Path) -> Iterable[str]:
+Stale = Callable[[Path, Collection[str]], Iterable[str]]
+"""Given an existing destination and the names of the new files, returns the files of an older state that have to go.
+Raises if they may not."""
+
+
+def nothing(_: Path, __: Collection[str]) -> Iterable[str]:
     """Return no names: what `staged` removes unless told otherwise."""
     return ()
 
@@ -96,7 +102,7 @@ class Staging:
         *,
         leads: bool | None = None,
         fresh: bool = False,
-        stale: Callable[[Path], Iterable[str]] = nothing,
+        stale: Stale = nothing,
     ) -> None:
         """Create the folder. Called on all ranks; collective: one exchange of one small object.
 
@@ -106,12 +112,15 @@ class Staging:
             leads: Whether this rank creates and renames folders on its disk. Rank 0 does unless told; with disks
                 that nodes do not share, one rank of each node has to.
             fresh: Refuse a destination that exists.
-            stale: Asked on a leading rank for the files of an older state to remove from an existing destination.
+            stale: Asked on a leading rank what has to go from an existing destination.
+
+        A save in the background that this process still writes is waited for.
 
         Raises:
             CheckpointError: On all ranks, naming each rank that failed and why.
             SettingError: On all ranks, if `fresh` and the destination exists.
         """
+        background.settle()  # it may write aside where this one is going to
         self.final = Path(os.path.abspath(final))
         self.leads = collectives.rank == 0 if leads is None else leads
         self._stale = stale
@@ -125,7 +134,7 @@ class Staging:
     ) -> None:
         """Write this rank's files, and put the folder in place if all ranks have written theirs.
 
-        Called on all ranks, each with its own files; collective: two exchanges. Blocks until the slowest rank has
+        Called on all ranks, each with its own files; collective: three exchanges. Blocks until the slowest rank has
         written. If any rank failed, the destination is as it was.
 
         Args:
@@ -174,10 +183,14 @@ class Staging:
     def _put_in_place(
         self, exchange: Exchange, failure: Exception | None, written: dict[str, FileEntry], finish: Finish
     ) -> None:
-        told = _agree(exchange, failure, self.final, "was not written", "What was there before is untouched.", written)
+        told = _agree(exchange, failure, self.final, "was not written", _UNTOUCHED, written)
         if self.leads:
             known = {name: entry for rank in self._led for name, entry in told[rank].items()}
-            failure = _attempt(lambda: _publish(self._area, self.final, self._stale, known, finish))
+            failure = _attempt(lambda: self._make_ready(known, finish))
+        # With several disks, none may decide before all could.
+        _agree(exchange, failure, self.final, "was not flushed to the disk", _UNTOUCHED)
+        if self.leads:
+            failure = _attempt(self._decide)
         try:
             _agree(exchange, failure, self.final, "was not put in place", _STILL_WHOLE)
         except _RankGone:
@@ -190,6 +203,33 @@ class Staging:
         if self.leads:
             shutil.rmtree(self._area.root, ignore_errors=True)
 
+    def _make_ready(self, known: Mapping[str, FileEntry], finish: Finish) -> None:
+        """Do all that can fail but the rename, and flush it."""
+        area, final = self._area, self.final
+        finish(area.staging, known)
+        if area.inside:
+            written = set(durable.files_below(area.staging))
+            for name in written:
+                _check_replaceable(final, name)
+            journal = _Journal(area.staging.name, sorted(set(self._stale(final, written)) - written), sorted(written))
+            with disk_errors.about(area.root / layout.JOURNAL_NAME):
+                (area.root / layout.JOURNAL_NAME).write_bytes(msgspec.json.encode(journal))
+        durable.flush_tree(area.root if area.inside else area.staging)
+
+    def _decide(self) -> None:
+        """Rename, which makes the new state the one that counts, and move it into place."""
+        area, final = self._area, self.final
+        if area.inside:
+            os.rename(area.root, final / layout.COMMIT_NAME)
+            recover(final)
+            return
+        os.rename(area.staging, final)
+        try:
+            durable.flush_folder(final.parent)
+        except CheckpointError:
+            os.rename(final, area.staging)  # all ranks will be told that it is not there
+            raise
+
 
 @contextmanager
 def staged(
@@ -197,12 +237,12 @@ def staged(
     collectives: Collectives,
     *,
     fresh: bool = False,
-    stale: Callable[[Path], Iterable[str]] = nothing,
+    stale: Stale = nothing,
     finish: Finish = no_finish,
 ) -> Iterator[Path]:
     """Give all ranks a folder to write into that becomes `final` when all have succeeded.
 
-    Called on all ranks; collective: three exchanges of one small object. See `Staging` for the rest.
+    Called on all ranks; collective: four exchanges of one small object. See `Staging` for the rest.
     """
     staging = Staging(final, collectives, fresh=fresh, stale=stale)
     with staging.undone_if_not_whole():
@@ -236,7 +276,7 @@ def _begin(final: Path, collectives: Collectives, leads: bool, fresh: bool) -> t
     for found in reports:
         if found.error is not None:
             raise found.error
-    _raise_failures(reports, f"The checkpoint {final} cannot be begun", "What was there before is untouched.")
+    _raise_failures(reports, f"The checkpoint {final} cannot be begun", _UNTOUCHED)
     return report, reports
 
 
@@ -277,34 +317,6 @@ def _prepare(final: Path, fresh: bool) -> bool:
     _remove(area.root)
     area.staging.mkdir(parents=True)
     return inside
-
-
-def _publish(
-    area: _Area,
-    final: Path,
-    stale: Callable[[Path], Iterable[str]],
-    known: Mapping[str, FileEntry],
-    finish: Finish,
-) -> None:
-    finish(area.staging, known)
-    if not area.inside:
-        durable.flush_tree(area.staging)
-        os.rename(area.staging, final)
-        try:
-            durable.flush_folder(final.parent)
-        except CheckpointError:
-            os.rename(final, area.staging)  # all ranks will be told that it is not there
-            raise
-        return
-    written = set(durable.files_below(area.staging))
-    for name in written:
-        _check_replaceable(final, name)
-    journal = _Journal(area.staging.name, sorted(set(stale(final)) - written), sorted(written))
-    with disk_errors.about(area.root / layout.JOURNAL_NAME):
-        (area.root / layout.JOURNAL_NAME).write_bytes(msgspec.json.encode(journal))
-    durable.flush_tree(area.root)
-    os.rename(area.root, final / layout.COMMIT_NAME)
-    recover(final)
 
 
 def _check_replaceable(final: Path, name: str) -> None:
@@ -427,7 +439,7 @@ def rotate(folders: Path, total_limit: int | None, newest: str) -> list[str]:
     leaves half a checkpoint under its own.
 
     Raises:
-        OSError: If something could not be removed. Leftovers do not keep checkpoints from being removed.
+        OSError, CheckpointError: If something could not be removed. Leftovers do not keep checkpoints from being removed.
     """
     names = [path.name for path in folders.iterdir()]
     stuck: OSError | None = None
@@ -437,7 +449,7 @@ def rotate(folders: Path, total_limit: int | None, newest: str) -> list[str]:
                 _remove(folders / name)
             except OSError as error:
                 stuck = error
-    removed = layout.plan_rotation(names, total_limit, newest)
+    removed = layout.plan_rotation(names, total_limit, newest, lambda name: manifest.is_whole(folders / name))
     aside = {name: folders / f"{layout.REMOVING_PREFIX}{name}" for name in removed}
     for name in removed:
         os.rename(folders / name, aside[name])
@@ -473,7 +485,9 @@ def _agree(
     except RuntimeError as error:  # what torch raises when a connection breaks
         reason = _describe(failure or error, final).splitlines()[0]
         raise _RankGone(
-            explain(f"{problem}: rank {exchange.rank} cannot reach another rank any more ({reason}).", remedy=remedy)
+            explain(
+                f"{problem}: rank {exchange.rank} cannot reach another rank any more ({reason}).", remedy=_STILL_WHOLE
+            )
         ) from (failure or error)
     if failure is not None and exchange.world_size == 1 and isinstance(failure, AccelerateError):
         raise failure

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from ..runtime.state import current_or_single
 from . import commit, dcp, durable, layout, legacy, manifest, train_state
 from .source import Source, open_sharded, open_weights, rewrite
 from .trust import write_pickle
+from .weights import stale_weights
 
 _LEGACY_STATE = re.compile(
     rf"(?P<stem>({layout.OPTIMIZER_NAME}|{layout.SCHEDULER_NAME})(_[1-9][0-9]*)?)\.bin"
@@ -248,17 +249,13 @@ def merge_fsdp_weights(
     problem = _merge_problem(folder, output, remove_checkpoint_dir) if collectives.rank == 0 else ""
     if problem := collectives.broadcast_object(problem):
         raise SettingError(problem)
-    with commit.staged(output, collectives, stale=_weights_in) as staging:
+    with commit.staged(output, collectives, stale=stale_weights) as staging:
         if collectives.rank == 0:
             _write_merged(open_sharded(folder), staging, safe_serialization)
     if remove_checkpoint_dir:
         with commit.together(collectives, f"{folder} was merged into {output}, and not removed"):
             if collectives.rank == 0:
                 shutil.rmtree(folder)
-
-
-def _weights_in(folder: Path) -> Iterable[str]:
-    return [path.name for path in folder.iterdir() if layout.is_weights(path.name)]
 
 
 def _merge_problem(folder: Path, output: Path, remove: bool) -> str:

@@ -24,7 +24,7 @@ A checkpoint folder:
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from ..core.errors import CheckpointError
@@ -189,6 +189,11 @@ def is_checkpoint_file(name: str) -> bool:
     return name == MANIFEST_NAME or is_weights(name) or _STATE.fullmatch(name) is not None
 
 
+def marks_checkpoint(name: str) -> bool:
+    """Tell whether a file of this name stands nowhere but in a save of the whole state, ours or the peer's."""
+    return name == MANIFEST_NAME or re.fullmatch(rf"{RNG_STATE_NAME}_[0-9]+\.(json|pkl)", name) is not None
+
+
 def in_words(name: str) -> str:
     """Say what the file of this name in a checkpoint holds."""
     for pattern, words in _WORDS:
@@ -228,15 +233,27 @@ def newest_first(names: Iterable[str]) -> list[str]:
     return sorted(numbers, key=lambda name: numbers[name], reverse=True)
 
 
-def plan_rotation(names: Iterable[str], total_limit: int | None, newest: str) -> list[str]:
+def plan_rotation(
+    names: Iterable[str], total_limit: int | None, newest: str, is_good: Callable[[str], bool] = lambda _: True
+) -> list[str]:
     """Choose the folders to remove after a save, oldest first.
 
     Args:
         names: What lies beside the new folder, in any order; foreign names are ignored.
         total_limit: How many to keep. None keeps all.
         newest: The folder just written. It is kept, whatever its number.
+        is_good: Tells whether a folder could be loaded. One that could not does not count, and stays until those
+            around it go.
     """
     if total_limit is None:
         return []
-    others = [name for name in newest_first(names) if name != newest]
-    return others[max(total_limit - 1, 0) :][::-1]
+    removed: list[str] = []
+    kept = 1
+    for name in newest_first(names):
+        if name == newest:
+            continue
+        if kept >= total_limit:
+            removed.insert(0, name)
+        elif is_good(name):
+            kept += 1
+    return removed

@@ -8,7 +8,7 @@ a hash of its own content.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,7 +19,7 @@ import xxhash
 
 from ..core.errors import CheckpointError, SettingError, explain
 from ..core.versions import __version__
-from . import documents, durable, layout
+from . import documents, durable, layout, legacy
 from .disk_errors import about
 
 FORMAT = 1
@@ -65,8 +65,14 @@ class _Head(msgspec.Struct):
 def write(
     folder: Path, known: Mapping[str, FileEntry], *, save_id: str, world_size: int, step: int, iteration: int
 ) -> None:
-    """Describe everything in `folder`, durably. Reads the files that are not `known`, such as those of hooks."""
-    files = {name: known.get(name) or entry_of(folder / name) for name in durable.files_below(folder)}
+    """Describe everything in `folder`, durably. Reads the files that are not `known`, such as those of hooks.
+
+    Raises:
+        CheckpointError: If something lies there that would be refused when it is loaded.
+    """
+    names = list(durable.files_below(folder))
+    _refuse_unreadable(folder, names)
+    files = {name: known.get(name) or entry_of(folder / name) for name in names}
     content = Manifest(
         format=FORMAT,
         save_id=save_id,
@@ -78,6 +84,23 @@ def write(
         files=files,
     )
     durable.write_file(folder / layout.MANIFEST_NAME, to_bytes(content))
+
+
+def _refuse_unreadable(folder: Path, names: Sequence[str]) -> None:
+    problem = ""
+    if len(names) > MAX_FILES:
+        problem = f"{len(names)} files, and {MAX_FILES} are the most"
+    elif outside := [name for name in names if not layout.is_inside(name)]:
+        problem = f"a file with a name that other systems take for a place elsewhere: {outside[0][:200]!r}"
+    elif links := [name for name in names if (folder / name).is_symlink() and not _lies_in(folder, folder / name)]:
+        problem = f"a link that leads out of the folder: {links[0][:200]!r}"
+    if problem:
+        raise CheckpointError(
+            explain(
+                f"The checkpoint was given {problem}. It could not be loaded again.",
+                remedy="Look at what hooks of save_state write.",
+            )
+        )
 
 
 def to_bytes(content: Manifest) -> bytes:
@@ -210,6 +233,17 @@ def check(folder: Path, manifest: Manifest, verify: Verify = "full") -> None:
         )
 
 
+def is_whole(folder: Path) -> bool:
+    """Tell whether a checkpoint, ours or of Accelerate 1.x, has all its files at their sizes."""
+    try:
+        found = read(folder)
+        if found is not None:
+            check(folder, found, "size")
+    except (CheckpointError, OSError):
+        return False
+    return found is not None or legacy.is_peer_folder(folder)
+
+
 def _different(folder: Path, manifest: Manifest) -> list[str]:
     """Read all files, several at once, and return those that are not what was written."""
     largest_first = sorted(manifest.files, key=lambda name: manifest.files[name].num_bytes, reverse=True)
@@ -236,14 +270,27 @@ def _lies_in(folder: Path, file: Path) -> bool:
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder))
 
 
-def files_of(folder: Path) -> list[str]:
-    """Return the files of the state that lies in `folder`: what a new state there has to remove.
+def stale_files(folder: Path, written: Collection[str]) -> list[str]:
+    """Return the files in `folder` that have to go when a new state, of the files `written`, takes its place.
 
-    Without a manifest, these are the files with names that a checkpoint uses.
+    These are the files of the state that lies there, and files with names of a checkpoint: a load would not know
+    which state they belong to.
+
+    Raises:
+        CheckpointError: If nothing says that they belong to a checkpoint: they are not ours to remove.
     """
     try:
         found = read(folder)
     except CheckpointError:
         found = None
-    names = {path.name for path in folder.iterdir() if path.is_file() and layout.is_checkpoint_file(path.name)}
-    return sorted(names | set(found.files if found else ()))
+    present = {path.name for path in folder.iterdir() if path.is_file()}
+    named = {name for name in present if layout.is_checkpoint_file(name)}
+    gone = sorted((named | set(found.files if found else ())) - set(written))
+    if gone and not any(layout.marks_checkpoint(name) for name in present):
+        raise CheckpointError(
+            explain(
+                f"{folder} holds files with names that a checkpoint uses, and is none: {', '.join(gone[:5])}.",
+                remedy="Save into another folder, or move them away.",
+            )
+        )
+    return gone

@@ -7,7 +7,7 @@ are recorded in the file's metadata.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,13 +19,13 @@ from ..collectives.base import Collectives
 from ..core.errors import CheckpointError, WrongTypeError, explain
 from ..core.text import convert_file_size_to_int
 from ..runtime.state import current_or_single
-from . import documents, durable, layout
+from . import documents, durable, layout, manifest
 from .codec import STORABLE, is_plain_tensor
-from .commit import staged
+from .commit import Staging
 from .disk_errors import about
 from .files import File, PickleFile, TensorFile, TextFile
+from .manifest import FileEntry
 from .trust import load, read_pickle, write_pickle
-from .writer import Writer
 
 __all__ = ["load", "load_weights", "plan_weights", "save", "save_model"]
 
@@ -65,17 +65,40 @@ def save_model(
         safe_serialization: Write safetensors; otherwise files of `torch.save`, which are pickles.
 
     Raises:
-        CheckpointError: On all ranks, if writing failed on one. The old weights are there then.
+        CheckpointError: On all ranks, if writing failed on one, or `folder` holds a checkpoint of a run with other
+            weights. The old ones are there then.
     """
     limit = convert_file_size_to_int(max_shard_size)
-    with staged(Path(folder).expanduser(), collectives, stale=_weights_in) as staging:
-        if collectives.rank == 0:
-            with Writer(staging) as writer:
-                writer.write(plan_weights(state, layout.model_file(0, safe_serialization), limit))
+    final = Path(folder).expanduser()
+
+    def plan() -> list[File]:
+        leads = collectives.rank == 0
+        return plan_weights(state, layout.model_file(0, safe_serialization), limit) if leads else []
+
+    staging = Staging(final, collectives, stale=stale_weights)
+    staging.complete(collectives, plan, lambda _, written: _refuse_other_weights(final, written))
 
 
-def _weights_in(folder: Path) -> Iterable[str]:
-    return [path.name for path in folder.iterdir() if layout.is_weights(path.name)]
+def stale_weights(folder: Path, written: Collection[str]) -> list[str]:
+    """Return the files of older weights of the one model that `written` is of; none from a checkpoint of a run."""
+    names = {path.name for path in folder.iterdir()}
+    if layout.MANIFEST_NAME in names:
+        return []
+    return [name for name in names - set(written) if layout.model_indices([name]) == [0]]
+
+
+def _refuse_other_weights(folder: Path, written: Mapping[str, FileEntry]) -> None:
+    """Keep a checkpoint of a run from holding weights of one moment, and an optimizer of another."""
+    if not folder.is_dir() or (found := manifest.read(folder)) is None:
+        return
+    other = [name for name, entry in written.items() if found.files.get(name) != entry]
+    if other:
+        raise CheckpointError(
+            explain(
+                f"{folder} holds a checkpoint of a run, and {other[0]} would not be what it was saved with.",
+                remedy="Save the weights into another folder, or save the whole state there with save_state.",
+            )
+        )
 
 
 def plan_weights(state: Mapping[str, torch.Tensor], file: str, max_shard_bytes: int | None = None) -> list[File]:

@@ -31,12 +31,19 @@ class Writer:
         """What was written, once the block has ended."""
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         # An executor would refuse to work for a save that goes on while the interpreter waits to end.
-        self._threads = [threading.Thread(target=self._work, name="accelerate-flush") for _ in range(_THREADS)]
+        self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        for _ in range(_THREADS):
+            thread = threading.Thread(target=self._work, name="accelerate-flush")
+            try:
+                thread.start()
+            except (
+                RuntimeError
+            ):  # the system has none left, or the interpreter is about to end: this thread does it all
+                break
+            self._threads.append(thread)
         return self
 
     def write(self, files: Iterable[File]) -> None:
@@ -60,8 +67,10 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for _ in self._threads:
+        for _ in self._threads or (self,):
             self._tasks.put(None)
+        if not self._threads:
+            self._work()
         for thread in self._threads:
             thread.join()
         if error is None and self._failure is not None:

@@ -8,13 +8,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..checkpoint import commit, full, gradients, layout, legacy, manifest, naming, train_state
+from ..checkpoint import background, commit, full, gradients, layout, legacy, manifest, naming, train_state
 from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
@@ -47,6 +47,8 @@ class _Choice:
     folder: str
     manifest: manifest.Manifest | None
     error: AccelerateError | None = None
+    highest: int = -1
+    """The highest number of a checkpoint beside it."""
 
 
 def load_state(
@@ -68,7 +70,7 @@ def load_state(
         contents: What to load it into, in the order of the save.
         folder: The checkpoint; None takes the newest good one of the project, with automatic naming. Damaged newer
             ones are passed over with a warning.
-        project: Where checkpoints lie. With automatic naming its counter goes on after the loaded one.
+        project: Where checkpoints lie. With automatic naming its counter goes on after all that are there.
         runtime: Ranks and devices.
         pre_hooks: Called on every rank with the models and the folder. Models that a hook takes out of the list
             are not loaded.
@@ -86,6 +88,7 @@ def load_state(
         CheckpointError: On all ranks, if the checkpoint is damaged, not complete, or does not fit the objects.
     """
     manifest.check_verify(verify)
+    background.settle()
     choice = _choose(folder, project, runtime, strict, verify)
     source = Path(choice.folder)
     with commit.together(runtime.collectives, f"The checkpoint {source} was not loaded", source):
@@ -110,9 +113,11 @@ def load_state(
         with _fitting(source, layout.windows_stem(runtime.process.rank)):
             windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
         rest = train_state.load_random_state(source, runtime.process.rank, saved_ranks, runtime.hardware, strict)
-    number = layout.checkpoint_number(source.name)
-    if project.automatic_checkpoint_naming and number is not None:
-        project.iteration = max(project.iteration, number + 1)
+        if leads_on_disk(runtime, project):
+            _check_unchanged(source, choice.manifest)
+    if project.automatic_checkpoint_naming and layout.checkpoint_number(source.name) is not None:
+        # Past those that were passed over too: their folders are there, and a save does not write over them.
+        project.iteration = max(project.iteration, choice.highest + 1)
     step = choice.manifest.step if choice.manifest else rest.get("step", 0)
     if windows is None and saved_ranks not in (None, runtime.process.world_size):
         step = 0  # no window was open, and how many batches other ranks took for theirs says nothing here
@@ -144,7 +149,7 @@ def _look(
     try:
         if folder is None:
             return _newest(project, newest, verify)
-        return _examine(_given(Path(folder).expanduser()), strict, verify)
+        return _beside_others(_examine(_given(Path(folder).expanduser()), strict, verify))
     except AccelerateError as error:
         return _Choice("", None, error)
     except Exception as error:  # noqa: BLE001 - the other ranks are waiting to hear of it
@@ -168,11 +173,28 @@ def _examine(source: Path, strict: bool, verify: manifest.Verify) -> _Choice:
     return _Choice(str(source), found)
 
 
+def _beside_others(choice: _Choice) -> _Choice:
+    if layout.checkpoint_number(Path(choice.folder).name) is None:
+        return choice
+    names = (path.name for path in Path(choice.folder).absolute().parent.iterdir())
+    return replace(choice, highest=max((layout.checkpoint_number(name) or 0 for name in names), default=0))
+
+
+def _check_unchanged(source: Path, before: manifest.Manifest | None) -> None:
+    """Refuse what was read while another process saved there: it may be of both states."""
+    after = manifest.read(source)
+    if (after.save_id if after else None) != (before.save_id if before else None):
+        raise CheckpointError(
+            explain(f"{source} was saved anew while it was loaded.", remedy="Load it again: what was read is of both.")
+        )
+
+
 def _same_choice(own: _Choice | None, found: Sequence[_Choice]) -> _Choice:
     for choice in found:
         if choice.error is not None:
             raise choice.error
     first = found[0]
+    highest = max(choice.highest for choice in found)
     others = {choice.manifest.save_id if choice.manifest else None for choice in found}
     if len(others) > 1:
         raise CheckpointError(
@@ -181,7 +203,7 @@ def _same_choice(own: _Choice | None, found: Sequence[_Choice]) -> _Choice:
                 remedy="Pass the folder of a checkpoint that is complete on all nodes.",
             )
         )
-    return own or first
+    return replace(own or first, highest=highest)
 
 
 def _lost_manifest(source: Path) -> bool:
@@ -216,7 +238,7 @@ def _newest(project: ProjectConfiguration, newest: int | None, verify: manifest.
             continue
         if skipped:
             warnings.warn(f"Loading {name}, because newer ones cannot be: {' '.join(skipped)}", stacklevel=5)
-        return choice
+        return _beside_others(choice)
     raise CheckpointError(
         explain(
             f"{folder} holds no complete checkpoint. {' '.join(skipped)}".rstrip(),

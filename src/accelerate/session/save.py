@@ -6,8 +6,8 @@ is that the folder appears whole or not at all.
 
 from __future__ import annotations
 
+import logging
 import uuid
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,11 @@ from ..checkpoint import commit, full, gradients, layout, manifest, naming, trai
 from ..checkpoint.background import Background, SaveHandle
 from ..checkpoint.files import File, SnapshotMemory
 from ..collectives import Exchange
-from ..core.errors import SettingError, WrongTypeError, explain
-from ..hardware import Hardware
+from ..core.errors import CheckpointError, SettingError, WrongTypeError, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
+
+_log = logging.getLogger(__name__)
 
 SaveHook = Callable[[list[torch.nn.Module], list[dict[str, torch.Tensor]], str], None]
 
@@ -47,20 +48,22 @@ class Contents:
 class Saving:
     """What one run keeps between its saves."""
 
-    def __init__(self, hardware: Hardware) -> None:
-        self.background = Background()
-        self.memory = SnapshotMemory(hardware)
+    def __init__(self, runtime: Runtime) -> None:
+        self.background = Background(runtime.collectives)
+        self.memory = SnapshotMemory(runtime.hardware)
         self.line: Exchange | None = None
         """How ranks talk while training goes on; made at the first save in the background."""
 
     def release(self) -> None:
-        """Wait for a save that still runs, and give its memory back. Called on all ranks.
+        """Wait for a save that still runs, and give its memory back.
 
         Raises:
-            CheckpointError: On all ranks, if that save failed.
+            CheckpointError: If that save failed, and this rank has not heard of it.
         """
-        self.background.wait()
-        self.memory.release()
+        try:
+            self.background.end()
+        finally:
+            self.memory.release()
 
 
 def save_state(
@@ -115,7 +118,7 @@ def save_state(
         project.iteration,
     )
     save_id = collectives.broadcast_object(uuid.uuid4().hex)
-    staging = commit.Staging(target, collectives, leads=leads, fresh=automatic, stale=manifest.files_of)
+    staging = commit.Staging(target, collectives, leads=leads, fresh=automatic, stale=manifest.stale_files)
 
     def take() -> list[File]:
         weights = [get_model_state(model) for model in contents.models]
@@ -214,6 +217,6 @@ def _plan_own(contents: Contents, windows: Any, runtime: Runtime) -> list[File]:
 def _rotate(target: Path, total_limit: int | None) -> None:
     try:
         commit.rotate(target.parent, total_limit, target.name)
-    except OSError as error:
-        # The new checkpoint is complete; that an old one is still there is no reason to stop a run.
-        warnings.warn(f"An old checkpoint in {target.parent} could not be removed: {error}", stacklevel=3)
+    except (OSError, CheckpointError) as error:
+        # The new checkpoint is complete, on all ranks: that an old one is still there may not raise on this one.
+        _log.warning("An old checkpoint in %s could not be removed: %s", target.parent, error)

@@ -44,7 +44,7 @@ class Session:
         self.custom_objects: list[Any] = []
         self.save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self.load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
-        self.saving = Saving(plan.runtime.hardware)
+        self.saving = Saving(plan.runtime)
         self.loaded_from: Path | None = None
         """The checkpoint that was loaded last."""
         self.uneven: tuple[Any, ...] = ()

@@ -47,7 +47,7 @@ class Run:
     def __init__(self, folder: Path | None = None, runtime: Runtime | None = None, **project: Any):
         self.runtime = runtime or current_or_single()
         self.project = ProjectConfiguration(project_dir=str(folder) if folder else None, **project)
-        self.saving = Saving(self.runtime.hardware)
+        self.saving = Saving(self.runtime)
         self.objects: dict[str, Any] = {
             "models": [],
             "optimizers": [],

@@ -14,7 +14,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.checkpoint import durable
 from accelerate.checkpoint.background import SaveHandle
+from accelerate.checkpoint.weights import save_model
+from accelerate.collectives.single import SingleProcess
 from accelerate.core.errors import CheckpointError
+from accelerate.state import AcceleratorState
 
 from .support import Counter, Run
 
@@ -185,3 +188,63 @@ def test_a_script_that_ends_without_waiting_has_its_checkpoint(tmp_path: Path, e
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "c"), end]
     assert subprocess.run(command, timeout=60).returncode == status
     Run().having(models=[torch.nn.Linear(1000, 1000)]).load(tmp_path / "c")
+
+
+def test_weights_that_are_saved_meanwhile_wait_for_the_state(tmp_path: Path, gate: Gate) -> None:
+    """Both write aside at the same place."""
+    run = trained()
+    weights = {name: tensor.clone() for name, tensor in run.objects["models"][0].state_dict().items()}
+    handle = run.begin_save(tmp_path / "c", blocking=False)
+    assert gate.reached.wait(10)
+    other = threading.Thread(target=save_model, args=(weights, tmp_path / "c", SingleProcess()))
+    other.start()
+    gate.opened.set()
+    handle.wait()
+    other.join()
+    run.load(tmp_path / "c")
+
+
+def test_another_run_in_the_process_waits_too(tmp_path: Path, gate: Gate) -> None:
+    handle = trained().begin_save(tmp_path / "c", blocking=False)
+    assert gate.reached.wait(10)
+    other = trained()
+    thread = threading.Thread(target=other.save, args=(tmp_path / "c",))
+    thread.start()
+    gate.opened.set()
+    handle.wait()
+    thread.join()
+    other.load(tmp_path / "c")
+
+
+@pytest.mark.parametrize("name", ["accelerate-flush", "accelerate-save"])
+def test_a_save_needs_no_thread_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    real = threading.Thread.start
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    run = trained()
+    run.begin_save(tmp_path / "c", blocking=False).wait()
+    run.load(tmp_path / "c")
+
+
+def test_what_ends_a_script_is_not_hidden_by_a_save_that_failed(tmp_path: Path, gate: Gate) -> None:
+    gate.failure = OSError(28, "full")
+    with pytest.raises(KeyError, match="of the script"), Accelerator(cpu=True) as accelerator:
+        accelerator.prepare(torch.nn.Linear(2, 2))
+        accelerator.save_state(tmp_path / "c", blocking=False)
+        gate.opened.set()
+        raise KeyError("of the script")
+    assert not AcceleratorState._shared_state
+
+
+def test_a_run_is_forgotten_although_its_last_save_failed(tmp_path: Path, gate: Gate) -> None:
+    gate.failure = OSError(28, "full")
+    with pytest.raises(CheckpointError, match="No space left"), Accelerator(cpu=True) as accelerator:
+        accelerator.prepare(torch.nn.Linear(2, 2))
+        accelerator.save_state(tmp_path / "c", blocking=False)
+        gate.opened.set()
+    assert not AcceleratorState._shared_state

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from accelerate.checkpoint import commit, durable, layout
+from accelerate.checkpoint import commit, durable, layout, manifest
+from accelerate.checkpoint.files import TextFile
 from accelerate.collectives.single import SingleProcess
 from accelerate.core.errors import CheckpointError, SettingError
 
@@ -46,7 +50,7 @@ def test_a_new_folder_appears_at_the_end(tmp_path: Path) -> None:
 def test_an_existing_folder_keeps_files_of_others(tmp_path: Path) -> None:
     final = tmp_path / "out"
     write(final, {"a": "old", "old_shard": "old", "notes.txt": "mine", "sub/mine": "mine"})
-    with commit.staged(final, ONE, stale=lambda _: ["a", "old_shard", "absent"]) as staging:
+    with commit.staged(final, ONE, stale=lambda _, __: ["a", "old_shard", "absent"]) as staging:
         write(staging, {"a": "new", "sub/b": "new"})
         assert (final / "a").read_text() == "old"
     assert files(final) == {"a": "new", "notes.txt": "mine", "sub/mine": "mine", "sub/b": "new"}
@@ -66,7 +70,7 @@ def test_a_failure_leaves_what_was_there(tmp_path: Path, exists: bool) -> None:
     if exists:
         write(final, {"a": "old"})
     with pytest.raises(CheckpointError, match="rank 0: OSError: disk full") as caught:
-        with commit.staged(final, ONE, stale=lambda _: ["a"]) as staging:
+        with commit.staged(final, ONE, stale=lambda _, __: ["a"]) as staging:
             write(staging, {"a": "new"})
             raise OSError("disk full")
     assert isinstance(caught.value.__cause__, OSError)
@@ -133,7 +137,7 @@ def _save_and_die(final: Path, call: str, number: int, monkeypatch: pytest.Monke
         # Cleaning up is what a killed process does not do.
         patch.setattr(commit.shutil, "rmtree", _rmtree_unless(lambda: dead))
         try:
-            with commit.staged(final, ONE, stale=lambda _: ["old_shard"]) as staging:
+            with commit.staged(final, ONE, stale=lambda _, __: ["old_shard"]) as staging:
                 write(staging, {"a": "new", "b": "new", "sub/c": "new"})
         except Killed:
             pass
@@ -167,7 +171,7 @@ def test_a_process_that_dies_anywhere_leaves_the_old_or_the_new_state(
         assert visible in (old, new)
         assert visible == (new if pending or not died else visible)
         outcomes.add(visible == new)
-        with commit.staged(final, ONE, stale=lambda _: ["old_shard"]) as staging:
+        with commit.staged(final, ONE, stale=lambda _, __: ["old_shard"]) as staging:
             write(staging, {"a": "new", "b": "new", "sub/c": "new"})
         assert files(final) == new
         if not died:
@@ -257,9 +261,64 @@ def test_everything_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: py
     assert events[events.index("rename") + 1 :] == [f"flush {tmp_path.name}"]
 
 
+def whole(folder: Path) -> None:
+    write(folder, {"f": "x"})
+    manifest.write(folder, {}, save_id="x", world_size=1, step=0, iteration=0)
+
+
 def test_rotation_removes_the_oldest_and_leftovers(tmp_path: Path) -> None:
-    for name in ("checkpoint_2", "checkpoint_10", "checkpoint_9", "keep", f"{layout.REMOVING_PREFIX}checkpoint_1"):
+    for name in ("checkpoint_2", "checkpoint_10", "checkpoint_9"):
+        whole(tmp_path / name)
+    for name in ("keep", f"{layout.REMOVING_PREFIX}checkpoint_1"):
         write(tmp_path / name, {"f": "x"})
     (tmp_path / ".DS_Store").write_text("")
     assert commit.rotate(tmp_path, 2, "checkpoint_10") == ["checkpoint_2"]
     assert everything(tmp_path) == [".DS_Store", "checkpoint_10", "checkpoint_9", "keep"]
+
+
+def test_a_checkpoint_that_could_not_be_loaded_takes_no_place(tmp_path: Path) -> None:
+    for name in ("checkpoint_0", "checkpoint_1", "checkpoint_2"):
+        whole(tmp_path / name)
+    (tmp_path / "checkpoint_1" / "f").write_text("longer")
+    assert commit.rotate(tmp_path, 2, "checkpoint_2") == []
+    whole(tmp_path / "checkpoint_3")
+    assert commit.rotate(tmp_path, 2, "checkpoint_3") == ["checkpoint_0", "checkpoint_1"]
+
+
+class Rank:
+    """One of two ranks that are threads, each with a disk of its own."""
+
+    def __init__(self, rank: int, said: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.world_size, self._said, self._barrier = rank, 2, said, barrier
+
+    def all_gather_object(self, obj: Any) -> list[Any]:
+        self._said[self.rank] = obj
+        self._barrier.wait(10)
+        found = list(self._said)
+        self._barrier.wait(10)
+        return found
+
+
+def test_no_disk_decides_before_all_could(tmp_path: Path) -> None:
+    """The state of neither disk is given up for one that the other disk could not take."""
+    said, barrier, errors = [None, None], threading.Barrier(2), {}
+
+    def full(_: Path, __: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    def save(rank: int) -> None:
+        write(tmp_path / str(rank) / "out", {"a": "old"})
+        exchange: Any = Rank(rank, said, barrier)
+        staging = commit.Staging(tmp_path / str(rank) / "out", exchange, leads=True)
+        try:
+            staging.complete(exchange, lambda: [TextFile("a", b"new")], full if rank else commit.no_finish)
+        except CheckpointError as error:
+            errors[rank] = str(error)
+
+    threads = [threading.Thread(target=save, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [(tmp_path / str(rank) / "out" / "a").read_text() for rank in (0, 1)] == ["old", "old"]
+    assert all("rank 1: " in errors[rank] and "untouched" in errors[rank] for rank in (0, 1))

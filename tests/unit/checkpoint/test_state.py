@@ -16,9 +16,10 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from accelerate.checkpoint import commit, durable, layout, manifest, train_state
+from accelerate.checkpoint import commit, durable, full, layout, manifest, train_state
 from accelerate.checkpoint.train_state import plan_state
-from accelerate.checkpoint.weights import load
+from accelerate.checkpoint.weights import load, save_model
+from accelerate.collectives.single import SingleProcess
 from accelerate.core.errors import CheckpointError
 from accelerate.session import save as saving
 
@@ -359,7 +360,9 @@ def test_models_that_a_hook_may_load_are_not_counted(tmp_path: Path) -> None:
     Run().having(models=[Tied()]).load(tmp_path / "c", pre_hooks=[lambda models, folder: None])
 
 
-def test_what_lies_beside_checkpoints_does_not_keep_old_ones_there(tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_lies_beside_checkpoints_does_not_keep_old_ones_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     run = Run(tmp_path, automatic_checkpoint_naming=True, total_limit=1)
     run.save()
     folder = tmp_path / "checkpoints"
@@ -377,8 +380,8 @@ def test_what_lies_beside_checkpoints_does_not_keep_old_ones_there(tmp_path: Pat
         remove(path, **options)
 
     monkeypatch.setattr(commit.shutil, "rmtree", refuse)
-    with pytest.warns(UserWarning, match="could not be removed"):
-        run.save()
+    run.save()
+    assert "could not be removed" in caplog.text
     assert sorted(os.listdir(folder)) == [stuck.name, "checkpoint_2"]
 
 
@@ -628,14 +631,92 @@ def test_a_peer_folder_says_nothing_of_loaders(tmp_path: Path) -> None:
     assert loader.reading == 3
 
 
-def test_rotation_that_fails_does_not_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [PermissionError("no"), CheckpointError("no")])
+def test_rotation_that_fails_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
     def rotate(*_: Any) -> list[str]:
-        raise PermissionError("no")
+        raise error
 
     run = Run(tmp_path, automatic_checkpoint_naming=True, total_limit=1)
     monkeypatch.setattr(saving.commit, "rotate", rotate)
-    with pytest.warns(UserWarning, match="could not be removed"):
-        run.save()
+    run.save()
+    assert "could not be removed" in caplog.text
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run.load()
+
+
+def test_a_run_that_went_back_to_an_older_checkpoint_saves_behind_all_that_are_there(tmp_path: Path) -> None:
+    run = Run(tmp_path, automatic_checkpoint_naming=True).having(custom_objects=[Counter(1)])
+    for _ in range(3):
+        run.save()
+    damaged = tmp_path / "checkpoints" / "checkpoint_2" / "custom_checkpoint_0.json"
+    damaged.write_bytes(damaged.read_bytes() + b" ")
+    again = Run(tmp_path, automatic_checkpoint_naming=True).having(custom_objects=[Counter()])
+    with pytest.warns(UserWarning, match="newer ones cannot be"):
+        assert again.load().folder.name == "checkpoint_1"
+    assert again.save().name == "checkpoint_3"
+    again.load(tmp_path / "checkpoints" / "checkpoint_0")
+    assert again.save().name == "checkpoint_4"
+
+
+def test_a_checkpoint_that_is_saved_anew_while_it_is_loaded_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer, reader = Training("adamw", "step", 1), Training("adamw", "step", 2)
+    writer.steps(1)
+    writer.run().save(tmp_path / "c")
+    real = full.load_optimizer
+
+    def load_optimizer(*args: Any) -> None:
+        writer.run().save(tmp_path / "c")
+        real(*args)
+
+    monkeypatch.setattr(full, "load_optimizer", load_optimizer)
+    with pytest.raises(CheckpointError, match="was saved anew while it was loaded"):
+        reader.run().load(tmp_path / "c")
+
+
+def _leave_link(folder: Path) -> None:
+    (folder / "base.bin").symlink_to("/etc/hostname")
+
+
+def _leave_drive(folder: Path) -> None:
+    (folder / "a:1.bin").touch()
+
+
+@pytest.mark.parametrize(
+    ("leave", "told"), [(_leave_link, "a link that leads out .*base.bin"), (_leave_drive, "other systems .*a:1.bin")]
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, leave: Callable[[Path], None], told: str) -> None:
+    def hook(models: Any, weights: Any, folder: str) -> None:
+        leave(Path(folder))
+
+    with pytest.raises(CheckpointError, match=told):
+        Run().save(tmp_path / "c", pre_hooks=[hook])
+    assert not (tmp_path / "c").exists()
+
+
+def test_files_of_others_with_names_of_a_checkpoint_are_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "scheduler.json").write_text("mine")
+    (tmp_path / "model.safetensors").write_text("is replaced")
+    run = Run().having(models=[torch.nn.Linear(2, 2)])
+    with pytest.raises(CheckpointError, match="holds files with names that a checkpoint uses, and is none: scheduler"):
+        run.save(tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "is replaced"
+    (tmp_path / "scheduler.json").unlink()
+    run.save(tmp_path)
+    run.load(tmp_path)
+
+
+def test_weights_are_not_saved_into_a_checkpoint_of_another_moment(tmp_path: Path) -> None:
+    training = Training("adamw", "step", 1)
+    training.steps(1)
+    training.run().save(tmp_path)
+    one = SingleProcess()
+    save_model(training.model.state_dict(), tmp_path, one)  # these are the same
+    training.steps(1)
+    with pytest.raises(CheckpointError, match="would not be what it was saved with"):
+        save_model(training.model.state_dict(), tmp_path, one)
+    training.run().load(tmp_path)
