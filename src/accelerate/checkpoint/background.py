@@ -100,7 +100,8 @@ class Background:
         _running.add(thread)
         try:
             thread.start()
-        except RuntimeError:  # the system has no thread left, and the other ranks are waiting
+        except RuntimeError:
+            # The system has no thread left, and the other ranks are waiting.
             handle._thread = None
             run()
         return handle

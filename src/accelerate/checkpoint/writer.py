@@ -30,7 +30,7 @@ class Writer:
         self.entries: dict[str, FileEntry] = {}
         """What was written, once the block has ended."""
         self._tasks: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        # An executor would refuse to work for a save that goes on while the interpreter waits to end.
+        # Not an executor, which would refuse to work for a save that goes on while the interpreter waits to end.
         self._threads: list[threading.Thread] = []
         self._failure: BaseException | None = None
 
@@ -39,9 +39,8 @@ class Writer:
             thread = threading.Thread(target=self._work, name="accelerate-flush")
             try:
                 thread.start()
-            except (
-                RuntimeError
-            ):  # the system has none left, or the interpreter is about to end: this thread does it all
+            except RuntimeError:
+                # The system has none left, or the interpreter is about to end: this thread does it all then.
                 break
             self._threads.append(thread)
         return self
