@@ -5,13 +5,13 @@ Each reference is worked out by hand on one process, from the same samples.
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 import torch._dynamo  # optimizers load it: here, and not in each of the processes
@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate import Accelerator
+from accelerate.checkpoint import layout, manifest
 from accelerate.data.global_batch import GlobalBatch
 from accelerate.data.shards import Padding
 from accelerate.state import AcceleratorState, GradientState
@@ -677,12 +678,14 @@ def without_gradients(folder: Path) -> str:
 
 def test_gradients_of_a_rank_that_are_missing_are_an_error(tmp_path: Path) -> None:
     run_on_ranks(one_window, 2, 0, 2, tmp_path / "state", False)
-    manifest = tmp_path / "state" / "accelerate_manifest.json"
-    content = json.loads(manifest.read_text())
+    folder = tmp_path / "state"
+    found = manifest.read(folder)
+    assert found is not None
+    files = dict(found.files)
     for name in ("accumulation_rank1.json", "accumulation_rank1.safetensors"):
-        (tmp_path / "state" / name).unlink()
-        del content["files"][name]
-    manifest.write_text(json.dumps(content))
+        (folder / name).unlink()
+        del files[name]
+    (folder / layout.MANIFEST_NAME).write_bytes(manifest.to_bytes(msgspec.structs.replace(found, files=files)))
     (text,) = run_on_ranks(without_gradients, 1, tmp_path / "state")
     assert "was saved in the middle of a window of accumulation, and the gradients of rank 1 are not there" in text
 
