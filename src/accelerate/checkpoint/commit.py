@@ -3,7 +3,8 @@
 Owns the order in which a folder becomes visible, the only one that survives a crash at any moment:
 
     every rank writes aside -> every rank hears whether all succeeded -> everything is flushed to the disk
-    -> one rename -> the parent folder is flushed -> every rank hears that it is done
+    -> every rank hears whether all disks are ready -> one rename -> the parent folder is flushed
+    -> every rank hears that it is done
 
 A destination that does not exist yet appears by that rename, whole. One that exists keeps its files until a
 complete new state lies inside it under `layout.COMMIT_NAME`: that rename is the decision. From then on the new
