@@ -7,6 +7,7 @@ dictionaries in, dictionaries out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -20,10 +21,13 @@ Key = str | int
 
 
 def parameter_names(models: Sequence[torch.nn.Module]) -> dict[int, str]:
-    """Return the names of all parameters by `id()`: as in the model, and behind `model_1.` and so on for further ones."""
+    """Return the names of all parameters by `id()`: as in the model, and behind `model_1..` and so on for further ones.
+
+    No part of a name is empty in torch, so two dots cannot be met in a name of the first model.
+    """
     names: dict[int, str] = {}
     for index, model in enumerate(models):
-        prefix = f"model_{index}." if index else ""
+        prefix = f"model_{index}.." if index else ""
         for name, parameter in model.named_parameters():
             names.setdefault(id(parameter), prefix + name)
     return names
@@ -40,11 +44,22 @@ def keys_of(optimizer: Any, names: Mapping[int, str]) -> list[list[Key]] | None:
 
 
 def to_names(state: Any, keys: Sequence[Sequence[Key]] | None) -> Any:
-    """Return an optimizer's `state_dict()` with names in place of numbers; one of another form is returned as it is."""
+    """Return an optimizer's `state_dict()` with names in place of numbers; one of another form is returned as it is.
+
+    Raises:
+        CheckpointError: If two parameters have the same name: one's state would be lost.
+    """
     groups = _groups_of(state)
     if keys is None or groups is None or list(map(len, groups)) != list(map(len, keys)):
         return state
     renamed = dict(zip(chain(*groups), chain(*keys), strict=True))
+    if twice := [key for key, count in Counter(renamed.values()).items() if count > 1]:
+        raise CheckpointError(
+            explain(
+                f"The optimizer holds several parameters that are called {twice[0]!r}.",
+                remedy="Give the modules other names.",
+            )
+        )
     return _renamed(state, renamed, [list(group) for group in keys], state["param_groups"])
 
 

@@ -142,7 +142,42 @@ def test_models_that_share_a_parameter_or_a_name() -> None:
     names = naming.parameter_names([first, second])
 
     assert names[id(second.one.weight)] == "one.weight"
-    assert names[id(second.two.weight)] == "model_1.two.weight"
+    assert names[id(second.two.weight)] == "model_1..two.weight"
+
+
+class Nested(torch.nn.Module):
+    """Its parameter is called as that of a second model might be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model_1 = torch.nn.Linear(2, 3, bias=False)
+
+
+def nested_and_plain() -> tuple[list[torch.nn.Module], torch.optim.Optimizer]:
+    models = [Nested(), torch.nn.Linear(2, 3, bias=False)]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, 1.0 + number)
+    return models, torch.optim.AdamW(parameters)
+
+
+def test_a_module_that_is_called_like_a_second_model_keeps_its_state(tmp_path: Path) -> None:
+    models, optimizer = nested_and_plain()
+    optimizer.step()
+    Run().having(models=models, optimizers=[optimizer]).save(tmp_path)
+
+    others, later = nested_and_plain()
+    Run().having(models=others, optimizers=[later]).load(tmp_path)
+
+    assert same_bits(later.state_dict(), optimizer.state_dict())
+    assert len(later.state) == 2
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    state = torch.optim.SGD([torch.zeros(1), torch.zeros(1)]).state_dict()
+
+    with pytest.raises(CheckpointError, match="several parameters that are called 'weight'"):
+        naming.to_names(state, [["weight", "weight"]])
 
 
 def test_states_of_another_form_are_left_alone() -> None:
