@@ -63,7 +63,7 @@ def to_names(state: Any, keys: Sequence[Sequence[Key]] | None) -> Any:
     return _renamed(state, renamed, [list(group) for group in keys], state["param_groups"])
 
 
-def to_numbers(state: Any, keys: Sequence[Sequence[Key]] | None, source: str) -> Any:
+def to_numbers(state: Any, keys: Sequence[Sequence[Key]] | None, source: str, *, groups_may_move: bool = True) -> Any:
     """Return a saved state with the numbers that an optimizer with these keys gives to the same names.
 
     Groups are found again by the parameters in them, so that each keeps its own options. Where no name is known on
@@ -73,15 +73,28 @@ def to_numbers(state: Any, keys: Sequence[Sequence[Key]] | None, source: str) ->
         state: As read from a checkpoint.
         keys: What the parameters of each group are called now.
         source: Where the state was read, for errors.
+        groups_may_move: Whether groups may come in another order than was saved. A scheduler keeps what it knows of
+            them by their place, and would give each the rate of another one.
 
     Raises:
-        CheckpointError: If the optimizer holds other parameters than were saved, or divides them otherwise.
+        CheckpointError: If the optimizer holds other parameters than were saved, divides them otherwise, or orders the
+            groups otherwise where they may not move.
     """
     saved = _groups_of(state)
     if keys is None or saved is None or not (_is_named(saved) and _is_named(keys)):
         return state if saved is None else _renamed(state, *_by_place(saved), state["param_groups"])
     _check_same(set(chain(*saved)), set(chain(*keys)), source)
     order = _match_groups(keys, saved, source)
+    if order != sorted(order) and not groups_may_move:
+        raise CheckpointError(
+            explain(
+                f"The groups of the optimizer are in another order than in {source}. Schedulers know groups by their "
+                "place, and registered objects may.",
+                remedy="Make the groups in the order of the save. The first parameters of each: "
+                + ", ".join(str(group[0]) if group else "none" for group in saved[:20])
+                + ".",
+            )
+        )
     numbers = {key: number for number, key in enumerate(chain(*keys))}
     groups: list[list[Key]] = [[numbers[key] for key in group] for group in keys]
     # The optimizer's own list of names is in its own order.

@@ -84,6 +84,32 @@ def test_groups_in_another_order_keep_their_options(tmp_path: Path) -> None:
     assert same_bits(states(other, later), states(net, optimizer))
 
 
+def schedules(optimizer: Any) -> dict[str, Any]:
+    return {"schedulers": [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)]}
+
+
+def registered(optimizer: Any) -> dict[str, Any]:
+    return {"custom_objects": [torch.optim.lr_scheduler.StepLR(optimizer, 5)]}
+
+
+@pytest.mark.parametrize("more", [schedules, registered])
+def test_groups_in_another_order_are_refused_where_a_schedule_knows_them_by_their_place(
+    tmp_path: Path, more: Any
+) -> None:
+    net, optimizer = trained(ALL[:2], ALL[2:])
+    Run().having(models=[net], optimizers=[optimizer], **more(optimizer)).save(tmp_path)
+
+    other, later = trained(ALL[2:], ALL[:2])
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"in another order[^*]*one\.weight, two\.weight"):
+        Run().having(models=[other], optimizers=[later], **more(later)).load(tmp_path)
+
+    assert [group["lr"] for group in later.param_groups] == [0.1, 0.2]
+    assert same_bits(dict(other.state_dict()), before)
+    same, later = trained(ALL[:2], ALL[2:])
+    Run().having(models=[same], optimizers=[later], **more(later)).load(tmp_path)
+
+
 def test_names_that_pytorch_keeps_itself_stay_those_of_the_optimizer(tmp_path: Path) -> None:
     net = Net()
     optimizer = torch.optim.SGD(net.named_parameters(), momentum=0.9)
