@@ -344,7 +344,7 @@ class _Decoder:
         if node.stride is not None:
             if sum((size - 1) * step for size, step in zip(value.shape, node.stride, strict=True)) >= value.numel():
                 raise ValueError(f"a tensor of shape {list(value.shape)} cannot have the strides {node.stride}")
-            value = torch.empty_strided(value.shape, node.stride, dtype=value.dtype).copy_(value)
+            value = torch.empty_strided(value.shape, node.stride, dtype=value.dtype, device="cpu").copy_(value)
         if node.parameter:
             return torch.nn.Parameter(value, node.requires_grad)
         return value.requires_grad_(node.requires_grad)

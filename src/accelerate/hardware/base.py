@@ -113,7 +113,8 @@ class Hardware:
     def room_for(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return room on the CPU for a copy of `tensor`, into which a device of this family copies by itself."""
         pinned = self.copies_ahead and not tensor.is_cpu
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        with torch.inference_mode(False):  # whoever fills it again may do so outside
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
 
     def empty_cache(self) -> None:
         """Give cached memory back to the system."""

@@ -119,6 +119,25 @@ def test_the_memory_for_copies_is_used_again(tmp_path: Path) -> None:
     assert room() == set()
 
 
+def test_memory_taken_in_inference_mode_is_used_again_outside(tmp_path: Path) -> None:
+    run = trained()
+    with torch.inference_mode():
+        run.begin_save(tmp_path / "a", blocking=False).wait()
+    run.begin_save(tmp_path / "b", blocking=False).wait()
+
+
+def test_copies_lie_on_the_cpu_wherever_new_tensors_do(tmp_path: Path) -> None:
+    run = trained()
+    run.objects["custom_objects"][0].value = [torch.arange(6.0).reshape(2, 3).T]
+    with torch.device("meta"):
+        run.begin_save(tmp_path / "a", blocking=False).wait()
+        run.load(tmp_path / "a")
+
+    found = run.objects["custom_objects"][0].value[0]
+    assert {room.device.type for room in run.saving.memory._rooms.values()} == {found.device.type} == {"cpu"}
+    assert found.tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
 def test_a_failure_is_raised_where_somebody_waits(tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
     run = trained()
     gate.failure = OSError(28, "No space left on device")
@@ -156,17 +175,21 @@ def test_what_cannot_be_saved_is_an_error_at_once(tmp_path: Path) -> None:
 def test_an_accelerator_waits_before_it_loads_and_at_its_end(tmp_path: Path, gate: Gate) -> None:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(torch.nn.Linear(2, 2))
+    saved = model.weight.detach().clone()
     handle = accelerator.save_state(tmp_path / "c", blocking=False)
     assert isinstance(handle, SaveHandle)
     threading.Timer(0.2, gate.opened.set).start()
+    with torch.no_grad():
+        model.weight.zero_()
     accelerator.load_state(handle)
     assert handle.done()
+    assert torch.equal(model.weight, saved)
 
     gate.failure = OSError(28, "No space left on device")
     accelerator.save_state(tmp_path / "d", blocking=False)
     with pytest.raises(CheckpointError, match="No space left"):
         accelerator.end_training()
-    assert model is not None
+    assert not (tmp_path / "d").exists()
 
 
 SCRIPT = """
