@@ -313,6 +313,30 @@ def test_checkpoints_hold_the_devices_random_state(tmp_path: Path) -> None:
     assert next(model.parameters()).device == accelerator.device
 
 
+def test_a_background_save_copies_each_tensor_once_to_pinned_memory(tmp_path: Path) -> None:
+    accelerator = Accelerator()
+    model = network()
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    before = snapshot(model), [state["exp_avg"].clone() for state in optimizer.state.values()]
+
+    handle = accelerator.save_state(tmp_path / "c", blocking=False)
+    rooms = accelerator._session.saving.memory._rooms
+    pinned = {name for (file, name), room in rooms.items() if file == "optimizer.safetensors" and room.is_pinned()}
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *(state["exp_avg"] for state in optimizer.state.values())):
+            tensor.zero_()
+    assert handle.wait() == tmp_path / "c"
+    accelerator.load_state(tmp_path / "c")
+
+    assert len([name for name in pinned if "exp_avg" in name]) == 2 * len(before[0])
+    assert unchanged(model, before[0])
+    now = [state["exp_avg"] for state in optimizer.state.values()]
+    assert all(torch.equal(one, other) for one, other in zip(now, before[1], strict=True))
+
+
 def test_seed_reaches_the_device() -> None:
     accelerator = Accelerator()
     set_seed(5)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from accelerate.checkpoint import commit, durable, layout, manifest, weights
+from accelerate.checkpoint import commit, durable, layout, manifest, train_state, weights
 from accelerate.core.errors import CheckpointError
 from accelerate.runtime.state import ProcessSettings, Runtime, start
 from accelerate.session.load import load_state
@@ -198,6 +198,27 @@ def test_no_rank_goes_on_when_another_could_not_load(tmp_path: Path) -> None:
     assert first[0] == second[0] == "CheckpointError"
     assert "rank 1: CheckpointError" in first[1]
     assert "size mismatch" in second[1]
+
+
+def _misfit_on_one_rank(folder: Path) -> Any:
+    runtime = begin()
+    model = torch.nn.Linear(2, 2)
+    save(runtime, ProjectConfiguration(), folder, model=model, custom=[Box(1)])
+    if runtime.process.rank == 1:
+        (folder / "custom_checkpoint_0.json").write_text("{")
+    runtime.collectives.barrier()
+    if runtime.process.rank == 0:  # as if it had a disk of its own
+        train_state.read_state = lambda *_: {"value": 1}
+    box = Box(None)
+    fresh = torch.nn.Linear(2, 2)
+    before = fresh.weight.clone()
+    options: Any = {"project": ProjectConfiguration(), "runtime": runtime, "verify": "off"}
+    outcome = error_of(lambda: load_state(contents([box], fresh), folder=folder, **options))
+    return outcome[0], torch.equal(fresh.weight, before), box.value
+
+
+def test_what_does_not_fit_on_one_rank_is_loaded_on_none(tmp_path: Path) -> None:
+    assert run_on_ranks(_misfit_on_one_rank, 2, tmp_path / "c") == [("CheckpointError", True, None)] * 2
 
 
 def _save_on_two_disks(folder: Path) -> Any:

@@ -139,7 +139,7 @@ _TENSOR_CLASSES = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 def encode(state: Any, name: str = "state") -> tuple[Any, dict[str, torch.Tensor]]:
-    """Split `state` into a tree that JSON can hold, and tensors by name, which are not copied.
+    """Split `state` into a tree that JSON can hold, and tensors by name, which are not copied and stay on their devices.
 
     Args:
         state: Any nesting of the values this module knows.
@@ -239,14 +239,14 @@ class _Encoder:
         node = TensorNode(
             self._fresh_name(path), requires_grad=value.requires_grad, parameter=isinstance(value, torch.nn.Parameter)
         )
-        content = value.detach().resolve_conj().resolve_neg()
+        # It stays as it is and where it is: whoever writes or copies it brings it to the CPU, one after the other.
+        content = value.detach()
         if not content.is_contiguous():
-            dense = torch.empty_like(content, memory_format=torch.preserve_format).stride() == content.stride()
-            node.stride = list(content.stride()) if dense else None
-        content = content.cpu().contiguous()
+            like = torch.empty_like(content, memory_format=torch.preserve_format, device="meta")
+            node.stride = list(content.stride()) if like.stride() == content.stride() else None
         if content.dtype not in STORABLE:
             node.bytes_of, node.shape = (str(content.dtype).removeprefix("torch."), list(content.shape))
-            content = content.reshape(-1).view(torch.uint8)
+            content = content.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
         self.tensors[node.name] = content
         return node
 
@@ -344,7 +344,7 @@ class _Decoder:
         if node.stride is not None:
             if sum((size - 1) * step for size, step in zip(value.shape, node.stride, strict=True)) >= value.numel():
                 raise ValueError(f"a tensor of shape {list(value.shape)} cannot have the strides {node.stride}")
-            value = torch.empty_strided(value.shape, node.stride, dtype=value.dtype).copy_(value)
+            value = torch.empty_strided(value.shape, node.stride, dtype=value.dtype, device="cpu").copy_(value)
         if node.parameter:
             return torch.nn.Parameter(value, node.requires_grad)
         return value.requires_grad_(node.requires_grad)

@@ -129,6 +129,7 @@ class SnapshotMemory:
         The copies that an earlier snapshot made are overwritten: theirs must have been written before.
         """
         before, self._rooms = self._rooms, {}
+        devices: set[torch.device] = set()
 
         def copy_of(file: str, name: str, tensor: torch.Tensor) -> torch.Tensor:
             content = tensor.detach()
@@ -136,10 +137,12 @@ class SnapshotMemory:
             if room is None or room.shape != content.shape or room.dtype != content.dtype:
                 room = self._hardware.room_for(content)
             self._rooms[file, name] = room
+            devices.add(content.device)
             return room.copy_(content, non_blocking=True)
 
         copies = [file.with_tensors(partial(copy_of, file.name)) for file in files]
-        self._hardware.synchronize()  # once for all: they were queued one behind the other
+        for device in sorted(devices, key=str):  # once for all: copies were queued one behind the other
+            self._hardware.synchronize(device)
         return copies
 
     def release(self) -> None:

@@ -1,7 +1,7 @@
 """The format in which one rank holds everything: whole weights, whole optimizer.
 
-Owns saving and loading one model and one optimizer in a folder. Other ways to lay them out, such as shards per
-rank, are further modules with the same four functions.
+Owns how one model and one optimizer are written to a folder and read from it. Other ways to lay them out, such as
+shards per rank, are further modules with the same four functions.
 """
 
 from __future__ import annotations
@@ -60,12 +60,21 @@ def plan_optimizer(optimizer: Any, index: int, names: Mapping[int, str]) -> list
     return plan_state(layout.numbered(layout.OPTIMIZER_NAME, index), state)
 
 
-def load_optimizer(optimizer: Any, folder: Path, index: int, names: Mapping[int, str]) -> None:
-    """Read the state of optimizer `index`; it moves to where the parameters are. Called on all ranks.
+def read_optimizer(
+    optimizer: Any, folder: Path, index: int, names: Mapping[int, str], *, groups_may_move: bool = True
+) -> Any:
+    """Read what `optimizer.load_state_dict` takes as the state of optimizer `index`. Called on all ranks.
+
+    Args:
+        optimizer: It is only looked at.
+        folder: The checkpoint.
+        index: Which of the saved optimizers.
+        names: Of parameters, by `id()`.
+        groups_may_move: As for `naming.to_numbers`.
 
     Raises:
         CheckpointError: If the optimizer has other parameters than were saved.
     """
     stem = layout.numbered(layout.OPTIMIZER_NAME, index)
-    state = naming.to_numbers(read_state(folder, stem), naming.keys_of(optimizer, names), str(folder / stem))
-    optimizer.load_state_dict(state)
+    keys = naming.keys_of(optimizer, names)
+    return naming.to_numbers(read_state(folder, stem), keys, str(folder / stem), groups_may_move=groups_may_move)

@@ -7,6 +7,7 @@ dictionaries in, dictionaries out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -20,10 +21,13 @@ Key = str | int
 
 
 def parameter_names(models: Sequence[torch.nn.Module]) -> dict[int, str]:
-    """Return the names of all parameters by `id()`: as in the model, and behind `model_1.` and so on for further ones."""
+    """Return the names of all parameters by `id()`: as in the model, and behind `model_1..` and so on for further ones.
+
+    No part of a name is empty in torch, so two dots cannot be met in a name of the first model.
+    """
     names: dict[int, str] = {}
     for index, model in enumerate(models):
-        prefix = f"model_{index}." if index else ""
+        prefix = f"model_{index}.." if index else ""
         for name, parameter in model.named_parameters():
             names.setdefault(id(parameter), prefix + name)
     return names
@@ -40,15 +44,26 @@ def keys_of(optimizer: Any, names: Mapping[int, str]) -> list[list[Key]] | None:
 
 
 def to_names(state: Any, keys: Sequence[Sequence[Key]] | None) -> Any:
-    """Return an optimizer's `state_dict()` with names in place of numbers; one of another form is returned as it is."""
+    """Return an optimizer's `state_dict()` with names in place of numbers; one of another form is returned as it is.
+
+    Raises:
+        CheckpointError: If two parameters have the same name: one's state would be lost.
+    """
     groups = _groups_of(state)
     if keys is None or groups is None or list(map(len, groups)) != list(map(len, keys)):
         return state
     renamed = dict(zip(chain(*groups), chain(*keys), strict=True))
+    if twice := [key for key, count in Counter(renamed.values()).items() if count > 1]:
+        raise CheckpointError(
+            explain(
+                f"The optimizer holds several parameters that are called {twice[0]!r}.",
+                remedy="Give the modules other names.",
+            )
+        )
     return _renamed(state, renamed, [list(group) for group in keys], state["param_groups"])
 
 
-def to_numbers(state: Any, keys: Sequence[Sequence[Key]] | None, source: str) -> Any:
+def to_numbers(state: Any, keys: Sequence[Sequence[Key]] | None, source: str, *, groups_may_move: bool = True) -> Any:
     """Return a saved state with the numbers that an optimizer with these keys gives to the same names.
 
     Groups are found again by the parameters in them, so that each keeps its own options. Where no name is known on
@@ -58,15 +73,28 @@ def to_numbers(state: Any, keys: Sequence[Sequence[Key]] | None, source: str) ->
         state: As read from a checkpoint.
         keys: What the parameters of each group are called now.
         source: Where the state was read, for errors.
+        groups_may_move: Whether groups may come in another order than was saved. A scheduler keeps what it knows of
+            them by their place, and would give each the rate of another one.
 
     Raises:
-        CheckpointError: If the optimizer holds other parameters than were saved, or divides them otherwise.
+        CheckpointError: If the optimizer holds other parameters than were saved, divides them otherwise, or orders the
+            groups otherwise where they may not move.
     """
     saved = _groups_of(state)
     if keys is None or saved is None or not (_is_named(saved) and _is_named(keys)):
         return state if saved is None else _renamed(state, *_by_place(saved), state["param_groups"])
     _check_same(set(chain(*saved)), set(chain(*keys)), source)
     order = _match_groups(keys, saved, source)
+    if order != sorted(order) and not groups_may_move:
+        raise CheckpointError(
+            explain(
+                f"The groups of the optimizer are in another order than in {source}. Schedulers know groups by their "
+                "place, and registered objects may.",
+                remedy="Make the groups in the order of the save. The first parameters of each: "
+                + ", ".join(str(group[0]) if group else "none" for group in saved[:20])
+                + ".",
+            )
+        )
     numbers = {key: number for number, key in enumerate(chain(*keys))}
     groups: list[list[Key]] = [[numbers[key] for key in group] for group in keys]
     # The optimizer's own list of names is in its own order.

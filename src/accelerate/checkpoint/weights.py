@@ -226,12 +226,21 @@ def load_weights(folder: Path, index: int = 0) -> dict[str, torch.Tensor]:
         MissingFile: If there are none.
         CheckpointError: If a file is damaged, or an index names a file elsewhere.
     """
+    file = find_weights(folder, index)
+    return read_shards(file) if file.name.endswith(layout.index_file("")) else read_file(file)
+
+
+def find_weights(folder: Path, index: int = 0) -> Path:
+    """Return the file with the weights of model `index`, or the index of their shards.
+
+    Raises:
+        MissingFile: If there is none.
+    """
     for safe in (True, False):
         file = folder / layout.model_file(index, safe)
-        if file.is_file():
-            return read_file(file)
-        if file.with_name(layout.index_file(file.name)).is_file():
-            return read_shards(file.with_name(layout.index_file(file.name)))
+        for found in (file, file.with_name(layout.index_file(file.name))):
+            if found.is_file():
+                return found
     raise layout.MissingFile(
         explain(
             f"{folder} holds no weights of model {index}.",

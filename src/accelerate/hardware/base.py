@@ -85,9 +85,11 @@ class Hardware:
         """Tell whether this process has touched a device, after which it must not be forked."""
         return bool(self._call("is_initialized", default=False))
 
-    def synchronize(self) -> None:
-        """Wait for the work queued on the current device."""
-        self._call("synchronize")
+    def synchronize(self, device: torch.device | None = None) -> None:
+        """Wait for the work queued on `device`; without one, on the current device. For one of another family, do nothing."""
+        if device is None or device.type == self.name:
+            # Families of one device do not take one.
+            self._call("synchronize", *([] if device is None or self.count() == 1 else [device]))
 
     def copy_stream(self, device: torch.device) -> Any:
         """Return the stream on which batches are copied to `device`, always the same; `None` if there is none.
@@ -113,7 +115,8 @@ class Hardware:
     def room_for(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return room on the CPU for a copy of `tensor`, into which a device of this family copies by itself."""
         pinned = self.copies_ahead and not tensor.is_cpu
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+        with torch.inference_mode(False):  # whoever fills it again may do so outside
+            return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=pinned)
 
     def empty_cache(self) -> None:
         """Give cached memory back to the system."""
@@ -188,7 +191,7 @@ class Cpu(Hardware):
     def manual_seed_all(self, seed: int) -> None:
         return None
 
-    def synchronize(self) -> None:
+    def synchronize(self, device: torch.device | None = None) -> None:
         return None
 
     def supports_bf16(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import background, commit, full, gradients, layout, legacy, manifest, naming, train_state
+from ..checkpoint import background, commit, full, gradients, layout, legacy, manifest, naming, train_state, weights
 from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
@@ -92,26 +92,30 @@ def load_state(
     choice = _choose(folder, project, runtime, strict, verify)
     source = Path(choice.folder)
     with commit.together(runtime.collectives, f"The checkpoint {source} was not loaded", source):
-        # Counted before anything is loaded by position.
+        # Counted, read, and compared with the objects as far as that can be, before any rank changes the first of them.
         _check_custom_objects(source, len(contents.custom_objects))
         evaluates = _only_evaluates(source, contents.optimizers)
         # A hook may know of models that it loads itself.
         given = _counts(contents, with_models=not pre_hooks)
         _check_counts(source, given, strict, evaluates=evaluates, tell=runtime.process.rank == 0)
         trained_on = () if evaluates else contents.dataloaders
+        saved_ranks = choice.manifest.world_size if choice.manifest else None
+        with _fitting(source, layout.windows_stem(runtime.process.rank)):
+            windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
+        parts = _read_shared(source, contents)
+    with commit.together(runtime.collectives, f"The checkpoint {source} was not loaded", source):
         remaining = list(contents.models)
         for hook in pre_hooks:
             hook(remaining, str(source))
+        for index in range(len(remaining)):
+            weights.find_weights(source, index)
         for index, model in enumerate(remaining):
             full.load_model(model, source, index, **(load_model_kwargs or {}))
-        _load_shared(source, contents)
+        _load_shared(source, parts)
         _load_places(source, trained_on, strict)
-        saved_ranks = choice.manifest.world_size if choice.manifest else None
         if saved_ranks in (None, runtime.process.world_size):
             _load_own_reading(source, trained_on, runtime.process.rank)
         # Last, because what came before may have drawn random numbers.
-        with _fitting(source, layout.windows_stem(runtime.process.rank)):
-            windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
         rest = train_state.load_random_state(source, runtime.process.rank, saved_ranks, runtime.hardware, strict)
         if leads_on_disk(runtime, project):
             _check_unchanged(source, choice.manifest)
@@ -321,20 +325,41 @@ def _check_counts(source: Path, given: Mapping[str, int], strict: bool, *, evalu
         warnings.warn(f"{source} holds more than is loaded ({'; '.join(left.values())}).{places}", stacklevel=4)
 
 
-def _load_shared(source: Path, contents: Contents) -> None:
+@dataclass(frozen=True)
+class _Part:
+    """A state that was read, and what takes it."""
+
+    stem: str
+    take: Callable[[Any], Any]
+    state: Any
+
+
+def _read_shared(source: Path, contents: Contents) -> list[_Part]:
+    """Read what all ranks load alike, weights apart, in the order of loading. Changes nothing."""
     names = naming.parameter_names(contents.models)
+    groups_may_move = not (contents.schedulers or contents.custom_objects)
+    parts = []
     for index, optimizer in enumerate(contents.optimizers):
-        with _fitting(source, layout.numbered(layout.OPTIMIZER_NAME, index)):
-            full.load_optimizer(optimizer, source, index, names)
-    for index, scheduler in enumerate(contents.schedulers):
-        stem = layout.numbered(layout.SCHEDULER_NAME, index)
+        stem = layout.numbered(layout.OPTIMIZER_NAME, index)
         with _fitting(source, stem):
-            scheduler.load_state_dict(train_state.read_state(source, stem))
+            state = full.read_optimizer(optimizer, source, index, names, groups_may_move=groups_may_move)
+        parts.append(_Part(stem, optimizer.load_state_dict, state))
+    others = [(layout.numbered(layout.SCHEDULER_NAME, index), item) for index, item in enumerate(contents.schedulers)]
     if contents.scaler is not None:
-        with _fitting(source, layout.SCALER_STEM):
-            contents.scaler.load_state_dict(train_state.read_state(source, layout.SCALER_STEM))
-    for index, custom in enumerate(contents.custom_objects):
-        custom.load_state_dict(train_state.read_state(source, layout.custom_stem(index)))
+        others.append((layout.SCALER_STEM, contents.scaler))
+    others += [(layout.custom_stem(index), item) for index, item in enumerate(contents.custom_objects)]
+    return parts + [_Part(stem, item.load_state_dict, train_state.read_state(source, stem)) for stem, item in others]
+
+
+def _load_shared(source: Path, parts: list[_Part]) -> None:
+    """Load what was read, and let go of each part then."""
+    while parts:
+        part = parts.pop(0)
+        if part.stem.startswith(layout.CUSTOM_NAME):  # of the user: its errors are raised as they are
+            part.take(part.state)
+            continue
+        with _fitting(source, part.stem):
+            part.take(part.state)
 
 
 def _load_places(source: Path, dataloaders: Sequence[Any], strict: bool) -> None:

@@ -10,16 +10,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accelerate import Accelerator
-from accelerate.checkpoint import durable
+from accelerate.checkpoint import codec, durable
 from accelerate.checkpoint.background import SaveHandle
+from accelerate.checkpoint.files import SnapshotMemory
+from accelerate.checkpoint.train_state import plan_state, read_state
 from accelerate.checkpoint.weights import save_model
 from accelerate.collectives.single import SingleProcess
+from accelerate.core.enums import DistributedType
 from accelerate.core.errors import CheckpointError
+from accelerate.hardware import Hardware
 from accelerate.state import AcceleratorState
 
-from .support import Counter, Run
+from .support import Counter, Run, same_bits, write
 
 
 class Gate:
@@ -122,6 +127,99 @@ def test_the_memory_for_copies_is_used_again(tmp_path: Path) -> None:
     assert room() == set()
 
 
+class Copies(TorchDispatchMode):
+    """Notes everything that copies a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (name := func.overloadpacket.__name__) in ("clone", "copy_", "_to_copy", "contiguous"):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+STATE = {
+    "plain": torch.ones(4),
+    "column": torch.ones(4, 4)[:, 1],
+    "turned": torch.arange(6.0).reshape(2, 3).T,
+    "conj": torch.tensor([1 + 2j]).conj(),
+}
+
+
+def test_each_tensor_is_copied_once(tmp_path: Path) -> None:
+    memory = Run().saving.memory
+    with Copies() as copies:
+        files = memory.snapshot(plan_state("s", STATE))
+    assert copies.seen == ["copy_"] * len(STATE)
+    write(tmp_path, files)
+    assert same_bits(read_state(tmp_path, "s"), STATE)
+
+
+class OtherDevice(Hardware):
+    """A family of two devices that are not there; what is copied from them lies on the meta device."""
+
+    def begin(self) -> OtherDevice:
+        vars(self)["log"] = []
+        return self
+
+    def count(self) -> int:
+        return 2
+
+    def room_for(self, tensor: torch.Tensor) -> torch.Tensor:
+        vars(self)["log"].append(("room", tensor.device))
+        return torch.empty_like(tensor)
+
+    def synchronize(self, device: torch.device | None = None) -> None:
+        vars(self)["log"].append(("waited", device))
+
+
+def test_tensors_of_a_device_stay_there_until_they_are_copied_and_all_copies_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(codec, "is_plain_tensor", lambda tensor: True)
+    hardware = OtherDevice("meta", DistributedType.MULTI_GPU).begin()
+    device = torch.device("meta")
+    files = plan_state("s", {"a": torch.ones(2, device=device), "b": torch.ones(3, 3, device=device).T})
+    assert {tensor.device for file in files for tensor in getattr(file, "tensors", {}).values()} == {device}
+
+    SnapshotMemory(hardware).snapshot(files)
+    assert vars(hardware)["log"] == [("room", device), ("room", device), ("waited", device)]
+
+
+@pytest.mark.parametrize(
+    ("ahead", "device", "pinned"), [(True, "meta", True), (True, "cpu", False), (False, "meta", False)]
+)
+def test_copies_from_a_device_with_streams_go_to_pinned_memory(
+    monkeypatch: pytest.MonkeyPatch, ahead: bool, device: str, pinned: bool
+) -> None:
+    asked: list[dict[str, Any]] = []
+    tensor = torch.empty(2, device=device)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: asked.append(options))
+    Hardware("cuda", DistributedType.MULTI_GPU, copies_ahead=ahead).room_for(tensor)
+    assert asked == [{"dtype": torch.float32, "device": "cpu", "pin_memory": pinned}]
+
+
+def test_memory_taken_in_inference_mode_is_used_again_outside(tmp_path: Path) -> None:
+    run = trained()
+    with torch.inference_mode():
+        run.begin_save(tmp_path / "a", blocking=False).wait()
+    run.begin_save(tmp_path / "b", blocking=False).wait()
+
+
+def test_copies_lie_on_the_cpu_wherever_new_tensors_do(tmp_path: Path) -> None:
+    run = trained()
+    run.objects["custom_objects"][0].value = [torch.arange(6.0).reshape(2, 3).T]
+    with torch.device("meta"):
+        run.begin_save(tmp_path / "a", blocking=False).wait()
+        run.load(tmp_path / "a")
+
+    found = run.objects["custom_objects"][0].value[0]
+    assert {room.device.type for room in run.saving.memory._rooms.values()} == {found.device.type} == {"cpu"}
+    assert found.tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
 def test_a_failure_is_raised_where_somebody_waits(tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture) -> None:
     run = trained()
     gate.failure = OSError(28, "No space left on device")
@@ -159,17 +257,21 @@ def test_what_cannot_be_saved_is_an_error_at_once(tmp_path: Path) -> None:
 def test_an_accelerator_waits_before_it_loads_and_at_its_end(tmp_path: Path, gate: Gate) -> None:
     accelerator = Accelerator(cpu=True)
     model = accelerator.prepare(torch.nn.Linear(2, 2))
+    saved = model.weight.detach().clone()
     handle = accelerator.save_state(tmp_path / "c", blocking=False)
     assert isinstance(handle, SaveHandle)
     threading.Timer(0.2, gate.opened.set).start()
+    with torch.no_grad():
+        model.weight.zero_()
     accelerator.load_state(handle)
     assert handle.done()
+    assert torch.equal(model.weight, saved)
 
     gate.failure = OSError(28, "No space left on device")
     accelerator.save_state(tmp_path / "d", blocking=False)
     with pytest.raises(CheckpointError, match="No space left"):
         accelerator.end_training()
-    assert model is not None
+    assert not (tmp_path / "d").exists()
 
 
 SCRIPT = """

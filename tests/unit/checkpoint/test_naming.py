@@ -84,6 +84,32 @@ def test_groups_in_another_order_keep_their_options(tmp_path: Path) -> None:
     assert same_bits(states(other, later), states(net, optimizer))
 
 
+def schedules(optimizer: Any) -> dict[str, Any]:
+    return {"schedulers": [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)]}
+
+
+def registered(optimizer: Any) -> dict[str, Any]:
+    return {"custom_objects": [torch.optim.lr_scheduler.StepLR(optimizer, 5)]}
+
+
+@pytest.mark.parametrize("more", [schedules, registered])
+def test_groups_in_another_order_are_refused_where_a_schedule_knows_them_by_their_place(
+    tmp_path: Path, more: Any
+) -> None:
+    net, optimizer = trained(ALL[:2], ALL[2:])
+    Run().having(models=[net], optimizers=[optimizer], **more(optimizer)).save(tmp_path)
+
+    other, later = trained(ALL[2:], ALL[:2])
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"in another order[^*]*one\.weight, two\.weight"):
+        Run().having(models=[other], optimizers=[later], **more(later)).load(tmp_path)
+
+    assert [group["lr"] for group in later.param_groups] == [0.1, 0.2]
+    assert same_bits(dict(other.state_dict()), before)
+    same, later = trained(ALL[:2], ALL[2:])
+    Run().having(models=[same], optimizers=[later], **more(later)).load(tmp_path)
+
+
 def test_names_that_pytorch_keeps_itself_stay_those_of_the_optimizer(tmp_path: Path) -> None:
     net = Net()
     optimizer = torch.optim.SGD(net.named_parameters(), momentum=0.9)
@@ -142,7 +168,42 @@ def test_models_that_share_a_parameter_or_a_name() -> None:
     names = naming.parameter_names([first, second])
 
     assert names[id(second.one.weight)] == "one.weight"
-    assert names[id(second.two.weight)] == "model_1.two.weight"
+    assert names[id(second.two.weight)] == "model_1..two.weight"
+
+
+class Nested(torch.nn.Module):
+    """Its parameter is called as that of a second model might be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model_1 = torch.nn.Linear(2, 3, bias=False)
+
+
+def nested_and_plain() -> tuple[list[torch.nn.Module], torch.optim.Optimizer]:
+    models = [Nested(), torch.nn.Linear(2, 3, bias=False)]
+    parameters = [parameter for model in models for parameter in model.parameters()]
+    for number, parameter in enumerate(parameters):
+        parameter.grad = torch.full_like(parameter, 1.0 + number)
+    return models, torch.optim.AdamW(parameters)
+
+
+def test_a_module_that_is_called_like_a_second_model_keeps_its_state(tmp_path: Path) -> None:
+    models, optimizer = nested_and_plain()
+    optimizer.step()
+    Run().having(models=models, optimizers=[optimizer]).save(tmp_path)
+
+    others, later = nested_and_plain()
+    Run().having(models=others, optimizers=[later]).load(tmp_path)
+
+    assert same_bits(later.state_dict(), optimizer.state_dict())
+    assert len(later.state) == 2
+
+
+def test_two_parameters_of_one_name_are_refused() -> None:
+    state = torch.optim.SGD([torch.zeros(1), torch.zeros(1)]).state_dict()
+
+    with pytest.raises(CheckpointError, match="several parameters that are called 'weight'"):
+        naming.to_names(state, [["weight", "weight"]])
 
 
 def test_states_of_another_form_are_left_alone() -> None:

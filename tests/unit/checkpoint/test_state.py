@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import random
@@ -50,6 +51,8 @@ _OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 class Training:
     """A few steps with dropout and noise of all generators."""
+
+    folder: Path
 
     def __init__(self, optimizer: str, scheduler: str, seed: int):
         torch.manual_seed(seed)
@@ -412,6 +415,47 @@ def test_states_of_devices_that_are_not_there_any_more_are_left_out_with_a_word(
         train_state.load_random_state(tmp_path, 0, 1, few, strict=True)
 
     assert few.states == [1, 2]
+
+
+def _smaller(training: Training) -> None:
+    training.optimizer = torch.optim.AdamW(list(training.model.parameters())[:1])
+
+
+def _no_schedule(training: Training) -> None:
+    (training.folder / "scheduler.json").unlink()
+
+
+def _no_weights(training: Training) -> None:
+    (training.folder / "model_1.safetensors").unlink()
+
+
+def _damaged_object(training: Training) -> None:
+    (training.folder / "custom_checkpoint_0.json").write_text("{")
+
+
+def _of_other_windows(training: Training) -> None:
+    (training.folder / "accumulation_rank0.json").write_text("{")
+
+
+@pytest.mark.parametrize("harm", [_smaller, _no_schedule, _no_weights, _damaged_object, _of_other_windows])
+def test_what_does_not_fit_is_found_before_anything_is_loaded(tmp_path: Path, harm: Callable[[Training], None]) -> None:
+    first = Training("adamw", "step", seed=1)
+    first.steps(1)
+    first.run().having(models=[first.model, Tied()], custom_objects=[Counter("old")]).save(tmp_path)
+    second = Training("adamw", "step", seed=2)
+    second.steps(1)
+    second.folder = tmp_path
+    harm(second)
+    counter, optimizer = Counter("new"), second.optimizer
+    before = copy.deepcopy((dict(second.model.state_dict()), optimizer.state_dict(), second.scheduler.state_dict()))
+
+    with pytest.raises(CheckpointError):
+        run = second.run().having(models=[second.model, Tied()], custom_objects=[counter])
+        run.load(tmp_path, verify="off")
+
+    after = (dict(second.model.state_dict()), optimizer.state_dict(), second.scheduler.state_dict())
+    assert same_bits(after, before)
+    assert counter.value == "new"
 
 
 def test_arguments_for_the_model(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors
+import safetensors.torch
 import torch
 
 from accelerate.checkpoint import full, layout, weights

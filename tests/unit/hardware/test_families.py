@@ -34,8 +34,8 @@ class FakeModule(types.ModuleType):
     def set_device(self, device):
         self.calls.append(("set_device", device))
 
-    def synchronize(self):
-        self.calls.append(("synchronize",))
+    def synchronize(self, *device):
+        self.calls.append(("synchronize", *device))
 
     def empty_cache(self):
         self.calls.append(("empty_cache",))
@@ -80,11 +80,14 @@ def contract(name: str) -> bool:
     assert family.visible_devices is None or f"with {family.visible_devices}." in text
     family.select(family.device(1))
     family.synchronize()
+    family.synchronize(family.device(2))
+    family.synchronize(torch.device("cpu"))
     family.empty_cache()
     family.manual_seed_all(7)
     assert fake.calls == [
         ("set_device", torch.device(name, 1)),
         ("synchronize",),
+        ("synchronize", torch.device(name, 2)),
         ("empty_cache",),
         ("manual_seed_all", 7),
     ]
