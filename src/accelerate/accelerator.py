@@ -864,7 +864,7 @@ class Accelerator:
         session.loaded_from = loaded.folder
         resuming.fulfil()
 
-    def resume(self, checkpoint: str | Path | None = None) -> Path | None:
+    def resume(self, checkpoint: str | Path | None = None) -> Path | str | None:
         """Continue what the launch asks to continue. Called on all ranks, before the first batch; collective.
 
         Call it when everything is prepared and registered. `accelerate launch --resume auto` then continues from the
@@ -873,10 +873,10 @@ class Accelerator:
         this nor `load_state` raises at its first batch.
 
         Args:
-            checkpoint: `"auto"`, `"off"` or a folder, in place of what the launch says.
+            checkpoint: `"auto"`, `"off"`, a folder or an address, in place of what the launch says.
 
         Returns:
-            The folder that was loaded, or `None`.
+            The folder or address that was loaded, or `None`.
 
         Raises:
             SettingError: (a `ValueError`) if `auto` has no folder to look in: it needs automatic naming. Also if the run

@@ -72,7 +72,7 @@ def save_state(
             )
         )
     collectives, automatic = runtime.collectives, project.automatic_checkpoint_naming
-    name = f"checkpoint_{project.iteration}" if automatic else "checkpoint"
+    name = layout.checkpoint_name(project.iteration) if automatic else "checkpoint"
     address = remote.below(_checkpoints(project), name) if automatic else str(folder)
     with commit.together(collectives, f"The checkpoint {address} cannot be begun"):
         exists = automatic and collectives.rank == 0 and remote.has_manifest(address)
@@ -131,7 +131,7 @@ def load_state(
     number = layout.checkpoint_number(_last(address))
     if project.automatic_checkpoint_naming and number is not None:
         project.iteration = max(project.iteration, number + 1)
-    return dataclasses.replace(loaded, iteration=project.iteration)
+    return dataclasses.replace(loaded, folder=address, iteration=project.iteration)
 
 
 def save_model(
