@@ -609,14 +609,14 @@ class Accelerator:
         """Let the run save itself and end here, if a signal has asked for it. Called on all ranks.
 
         Loops over prepared loaders do so between the batches they train on. Call it where else a resumed script goes on
-        rightly: in loops without prepared loaders, or in a long evaluation, which it does not repeat then. Costs nothing
-        while no signal of `ProjectConfiguration.save_on_signals` has come; then it is collective.
+        rightly: in loops without prepared loaders, or in a long evaluation, which it does not repeat then. Inside a loop
+        that trains, before its batch is trained on, it does nothing: the run stops behind that batch. Costs nothing while
+        no signal of `ProjectConfiguration.save_on_signals` has come; then it is collective.
 
         Raises:
             Preempted: (a `SystemExit`) on all ranks, when everything is saved.
         """
-        if preemption.current is not None:
-            preemption.current.reach()
+        session_preempt.check()
 
     # Gather ------------------------------------------------------------------------------------------------------
 

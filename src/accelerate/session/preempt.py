@@ -16,7 +16,7 @@ from ..checkpoint import layout
 from ..core.addresses import shown
 from ..core.errors import CheckpointError, SettingError, explain
 from ..core.leaving import NOTE_VARIABLE, Preempted, describe
-from ..data.borders import forget_evaluations
+from ..data.borders import forget_evaluations, is_inside_a_step
 from ..runtime import preemption, resuming
 from ..settings import env
 from ..settings.options.project import ProjectConfiguration
@@ -68,6 +68,13 @@ def _leave(session: Session, save: Callable[[], Path | str], reason: str) -> NoR
     if process.rank == 0:
         print(f"accelerate: {describe(reason, folder)}", file=sys.stderr, flush=True)
     raise Preempted(folder, reason)
+
+
+def check() -> None:
+    """Let the run stop where the script asks for it, unless it would leave out a batch. Called on all ranks."""
+    watch = preemption.current
+    if watch is not None and not is_inside_a_step(watch):
+        watch.reach()
 
 
 def resume(session: Session, asked: str | Path | None, load: Callable[[str | None], None]) -> Path | str | None:
