@@ -128,7 +128,7 @@ def _check_named(project: ProjectConfiguration) -> None:
         raise SettingError(
             explain(
                 "The run is asked to continue from its newest checkpoint (resume auto), and has no folder of checkpoints: "
-                f"automatic_checkpoint_naming={project.automatic_checkpoint_naming}, project_dir={project.project_dir!r}.",
+                f"automatic_checkpoint_naming={project.automatic_checkpoint_naming}, project_dir={shown(repr(project.project_dir))}.",
                 accepted="both set, or the folder of a checkpoint in place of auto",
                 remedy="Pass project_config=ProjectConfiguration(project_dir=..., automatic_checkpoint_naming=True).",
             )
