@@ -614,14 +614,14 @@ class Accelerator:
         """Let the run save itself and end here, if a signal has asked for it. Called on all ranks.
 
         Loops over prepared loaders do so between the batches they train on. Call it where else a resumed script goes on
-        rightly: in loops without prepared loaders, or in a long evaluation, which it does not repeat then. Costs nothing
-        while no signal of `ProjectConfiguration.save_on_signals` has come; then it is collective.
+        rightly: in loops without prepared loaders, or in a long evaluation, which it does not repeat then. Inside a loop
+        that trains, before its batch is trained on, it does nothing: the run stops behind that batch. Costs nothing while
+        no signal of `ProjectConfiguration.save_on_signals` has come; then it is collective.
 
         Raises:
             Preempted: (a `SystemExit`) on all ranks, when everything is saved.
         """
-        if preemption.current is not None:
-            preemption.current.reach()
+        session_preempt.check()
 
     # Gather ------------------------------------------------------------------------------------------------------
 
@@ -869,7 +869,7 @@ class Accelerator:
         session.loaded_from = loaded.folder
         resuming.fulfil()
 
-    def resume(self, checkpoint: str | Path | None = None) -> Path | None:
+    def resume(self, checkpoint: str | Path | None = None) -> Path | str | None:
         """Continue what the launch asks to continue. Called on all ranks, before the first batch; collective.
 
         Call it when everything is prepared and registered. `accelerate launch --resume auto` then continues from the
@@ -878,10 +878,10 @@ class Accelerator:
         this nor `load_state` raises at its first batch.
 
         Args:
-            checkpoint: `"auto"`, `"off"` or a folder, in place of what the launch says.
+            checkpoint: `"auto"`, `"off"`, a folder or an address, in place of what the launch says.
 
         Returns:
-            The folder that was loaded, or `None`.
+            The folder or address that was loaded, or `None`.
 
         Raises:
             SettingError: (a `ValueError`) if `auto` has no folder to look in: it needs automatic naming. Also if the run

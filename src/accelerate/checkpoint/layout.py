@@ -218,7 +218,12 @@ def is_file_name(name: str) -> bool:
 
 def checkpoint_folder(project_dir: str | Path, iteration: int) -> Path:
     """Return the folder that automatic naming gives to save number `iteration`."""
-    return Path(project_dir) / CHECKPOINTS_FOLDER / f"checkpoint_{iteration}"
+    return Path(project_dir) / CHECKPOINTS_FOLDER / checkpoint_name(iteration)
+
+
+def checkpoint_name(iteration: int) -> str:
+    """Return the name that automatic naming gives to save number `iteration`."""
+    return f"checkpoint_{iteration}"
 
 
 def checkpoint_number(name: str) -> int | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,9 +23,17 @@ from typing import Any
 import msgspec
 
 from ..collectives.base import Collectives
+from ..core.addresses import hidden, shown
 from ..core.available import require
 from ..core.errors import AccelerateError, CheckpointError, MissingPackage, explain
 from . import commit, layout, manifest
+
+MAX_MANIFEST_BYTES = 2**27
+"""More than a manifest of `manifest.MAX_FILES` files takes."""
+
+
+class Unreachable(CheckpointError):
+    """An address could not be reached. That says nothing about what is there."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +64,9 @@ def open_place(address: str) -> Place:
 
     Raises:
         MissingPackage: (an `ImportError`) if fsspec is not installed, or what it needs for this kind of address.
-        CheckpointError: If nobody knows this kind.
+        Unreachable: If nobody knows this kind.
     """
-    require("fsspec", setting=f"{address!r}", install="'accelerate[remote]'")
+    require("fsspec", setting=repr(shown(address)), install="'accelerate[remote]'")
     import fsspec
 
     with _told(address):
@@ -66,7 +75,10 @@ def open_place(address: str) -> Place:
         except ImportError as error:
             kind = address.partition("://")[0]
             raise MissingPackage(
-                explain(f"{address!r} needs a package that is missing: {error}", remedy=f"Install it to use {kind}://.")
+                explain(
+                    f"{shown(address)!r} needs a package that is missing: {error}",
+                    remedy=f"Install it to use {kind}://.",
+                )
             ) from error
     # What other processes have written has to be seen.
     system.invalidate_cache()
@@ -75,15 +87,23 @@ def open_place(address: str) -> Place:
 
 @contextmanager
 def _told(address: str) -> Iterator[None]:
-    """Turn whatever a file system raises into one kind of error that names the address."""
+    """Turn whatever a file system raises into one kind of error that names the address.
+
+    Raises:
+        Unreachable: In place of it.
+    """
     try:
         yield
     except AccelerateError:
         raise
-    except Exception as error:
-        raise CheckpointError(
-            explain(f"{address} cannot be reached: {type(error).__name__}: {error}", remedy="Check the address.")
-        ) from error
+    except Exception as error:  # noqa: BLE001 - file systems raise anything
+        told = hidden(str(error), address)
+        raise Unreachable(
+            explain(
+                f"{shown(address)} cannot be reached: {type(error).__name__}: {told}",
+                remedy="Check the address and who may use it, and try again.",
+            )
+        ) from (error if told == str(error) else None)
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -101,7 +121,7 @@ def upload(folder: Path, address: str, collectives: Collectives, leads: bool) ->
     Raises:
         CheckpointError: On all ranks, if something failed on one; the address holds what it held before.
     """
-    problem = f"The checkpoint {address} was not written"
+    problem = f"The checkpoint {shown(address)} was not written"
     found: manifest.Manifest | None = None
     with commit.together(collectives, problem):
         found = manifest.read(folder) if leads else None
@@ -128,7 +148,15 @@ def _publish(place: Place, parts: list[manifest.Manifest]) -> None:
     whole = msgspec.structs.replace(parts[0], files=files)
     with _told(place.address):
         _replace(place, layout.MANIFEST_NAME, manifest.to_bytes(whole))
+    try:
         _remove_files(place, keep=layout.FILES_PREFIX + whole.save_id)
+    except Exception as error:  # noqa: BLE001 - file systems raise anything, and the save is decided
+        told = hidden(f"{type(error).__name__}: {error}", place.address)
+        warnings.warn(
+            f"The checkpoint {shown(place.address)} was written, and files of older saves there could not be removed: "
+            f"{told}. The next save there tries again.",
+            stacklevel=2,
+        )
 
 
 def _replace(place: Place, name: str, content: bytes) -> None:
@@ -215,32 +243,68 @@ def download(address: str, folder: Path) -> manifest.Manifest:
 
     Raises:
         MissingFile: If there is no manifest.
-        CheckpointError: If a file is missing or damaged, the manifest names one elsewhere, or the address cannot be
-            reached.
+        Unreachable: If the address cannot be reached.
+        CheckpointError: If a file is missing or damaged, or the manifest names one elsewhere.
     """
     place = open_place(address)
     folder.mkdir(parents=True)
-    with _told(address):
-        if not place.system.exists(place.at(layout.MANIFEST_NAME)):
-            raise layout.MissingFile(
+    found = _read_manifest(place, folder)
+    names = {name: place.at(layout.FILES_PREFIX + found.save_id, name) for name in found.files}
+    # Before anything is copied: nobody knows what lies there, and how much.
+    for name, entry in found.files.items():
+        size = _size(place, names[name])
+        if size is not None and size != entry.num_bytes:
+            raise CheckpointError(
                 explain(
-                    f"{address} has no {layout.MANIFEST_NAME}: it is no complete checkpoint.", remedy="Load another."
+                    f"{name[:200]} at {shown(address)} has {size} bytes in place of {entry.num_bytes}.",
+                    remedy="Load another.",
                 )
             )
-        place.system.get_file(place.at(layout.MANIFEST_NAME), str(folder / layout.MANIFEST_NAME))
-    found = manifest.read(folder)
-    assert found is not None
-    if not layout.is_file_name(layout.FILES_PREFIX + found.save_id):
-        raise CheckpointError(explain(f"{address} has the save id {found.save_id!r}.", remedy="Do not trust it."))
-    for name in found.files:
+    for name, path in names.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        with _told(below(address, name)):
+        with _told(address):
             try:
-                place.system.get_file(place.at(layout.FILES_PREFIX + found.save_id, name), str(folder / name))
+                place.system.get_file(path, str(folder / name))
             except FileNotFoundError:
                 continue  # told below, with all others
     manifest.check(folder, found, "full")
     return found
+
+
+def _read_manifest(place: Place, folder: Path) -> manifest.Manifest:
+    address, path = shown(place.address), place.at(layout.MANIFEST_NAME)
+    size = _size(place, path)
+    if size is None:
+        raise layout.MissingFile(
+            explain(f"{address} has no {layout.MANIFEST_NAME}: it is no complete checkpoint.", remedy="Load another.")
+        )
+    if size > MAX_MANIFEST_BYTES:
+        raise CheckpointError(
+            explain(
+                f"{address} has a {layout.MANIFEST_NAME} of {size} bytes.",
+                accepted=f"up to {MAX_MANIFEST_BYTES}",
+                remedy="Do not trust it.",
+            )
+        )
+    with _told(place.address):
+        place.system.get_file(path, str(folder / layout.MANIFEST_NAME))
+    found = manifest.read(folder)
+    assert found is not None
+    if not layout.is_file_name(layout.FILES_PREFIX + found.save_id):
+        raise CheckpointError(explain(f"{address} has the save id {found.save_id!r}.", remedy="Do not trust it."))
+    return found
+
+
+def _size(place: Place, path: str) -> int | None:
+    """Return how many bytes a file has; `None` if it is not there."""
+    with _told(place.address):
+        try:
+            size = place.system.info(path)["size"]
+        except FileNotFoundError:
+            return None
+        if size is None:
+            raise OSError("it does not tell how large its files are")
+        return size
 
 
 @contextmanager

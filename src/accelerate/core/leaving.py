@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .addresses import shown
+
 PREEMPTED_STATUS = 75
 """What a run ends with that saved itself on a signal: EX_TEMPFAIL of sysexits.h, "call me again".
 
@@ -33,4 +35,4 @@ class Preempted(SystemExit):
 
 def describe(reason: str, folder: Path | str) -> str:
     """Say it in one line."""
-    return f"{reason}: the run saved itself in {folder} and ends; continue it with `accelerate launch --resume auto`"
+    return f"{reason}: the run saved itself in {shown(folder)} and ends; continue it with `accelerate launch --resume auto`"

@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..runtime import preemption, resuming
+from ..runtime.accumulation import GradientState
 from ..runtime.preemption import Watch
 
 
@@ -36,11 +37,13 @@ def before_pass(loader: Any) -> Watch | None:
     if watch is None:
         return None
     if mark.trains and not _running_beside(loader):
-        # A pass that was broken off is not gone on with by the one that begins.
-        broken_off = None if mark.pending is not None else mark.place
-        mark.place = None
+        # Passes that were broken off, this one's or those beside it as `zip` does, begin anew in a run that goes on.
+        broken_off = {other: other.place for other in (mark, *_left_beside(loader)) if other.pending is None}
+        for other in broken_off:
+            other.place = None
         watch.reach()
-        mark.place = broken_off
+        for other, place in broken_off.items():
+            other.place = place
     mark.work = mark.work_before = watch.work
     mark.left_idle = False
     return watch
@@ -63,7 +66,8 @@ def after_body(loader: Any, watch: Watch) -> None:
         return
     if len(loader.gradient_state._loaders) == 2 or _is_first(loader, watch):  # after a leading None
         mark.trains = True
-        watch.reach()
+        if not _ends_beside(loader):
+            watch.reach()
 
 
 def end(loader: Any, watch: Watch) -> None:
@@ -72,6 +76,18 @@ def end(loader: Any, watch: Watch) -> None:
     mark.left_idle = mark.work_before == watch.work
     if mark.trains and watch is preemption.current:
         watch.end()
+
+
+def is_inside_a_step(watch: Watch) -> bool:
+    """Tell whether a loop that trains has given a batch that nothing was trained on since.
+
+    A run that is saved here would leave it out. A loop that continues where it was saved counts as one that trains.
+    """
+    return watch.trains() and any(
+        (loader._mark.trains or loader._mark.continues) and loader._mark.work == watch.work
+        for loader in _prepared(GradientState().dataloader_references)
+        if not loader._left_early
+    )
 
 
 def forget_evaluations(loaders: Iterable[Any], watch: Watch) -> None:
@@ -88,9 +104,22 @@ def _is_first(loader: Any, watch: Watch) -> bool:
     )
 
 
+def _ends_beside(loader: Any) -> bool:
+    """Tell whether a loader has given its last batch along with this one's: the loop over both is at its end."""
+    return any(other._mark.finished and other._mark.work == loader._mark.work for other in _running_beside(loader))
+
+
 def _running_beside(loader: Any) -> list[Any]:
-    return [
-        other
-        for other in loader.gradient_state.dataloader_references
-        if other is not None and other is not loader and hasattr(other, "_mark") and not other._left_early
-    ]
+    return [other for other in _others(loader) if not other._left_early]
+
+
+def _left_beside(loader: Any) -> list[Any]:
+    return [other._mark for other in _others(loader) if other._left_early]
+
+
+def _others(loader: Any) -> list[Any]:
+    return [other for other in _prepared(loader.gradient_state.dataloader_references) if other is not loader]
+
+
+def _prepared(loaders: Iterable[Any]) -> list[Any]:
+    return [loader for loader in loaders if hasattr(loader, "_mark")]

@@ -6,6 +6,7 @@ picklable; they learn who they are from the variables that torchrun sets.
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from ..core.enums import PrecisionType
 from ..core.errors import SettingError, UnsupportedCombination, explain
 from ..runtime import state
 from ..settings import env
+from ..settings.preemption import SIGNALS
 from . import devices, elastic
 from .machine import is_port_free, physical_cores
 from .plan import DEFAULT_PORT, LaunchPlan, Rendezvous
@@ -101,7 +103,7 @@ def notebook_launcher(
         config = elastic.launch_config(
             plan, run_id=rdzv_id, start_method="fork", log_line_prefix=log_line_prefix_template
         )
-        elastic.start(plan, function, tuple(args), config)
+        elastic.start(plan, _with_own_handlers(function), tuple(args), config)
 
 
 def debug_launcher(function: Callable[..., Any], args: Sequence[Any] = (), num_processes: int = 2) -> None:
@@ -147,6 +149,22 @@ def debug_launcher(function: Callable[..., Any], args: Sequence[Any] = (), num_p
     except ProcessExitedException as error:
         failure = Failure(error.error_index, error.error_pid, error.exit_code)
         raise WorkersFailed.among([failure], num_processes) from None
+
+
+def _with_own_handlers(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let forked workers handle signals as this process does now: they inherit what the launcher sets for itself.
+
+    Torch's handler raises, which would end a worker that is to save itself.
+    """
+    handlers = {number: signal.getsignal(number) for number in map(signal.Signals.__getitem__, SIGNALS)}
+
+    def work(*args: Any) -> None:
+        for number, handler in handlers.items():
+            if handler is not None:  # not set by Python, and nobody in Python has replaced it
+                signal.signal(number, handler)
+        function(*args)
+
+    return work
 
 
 class _Worker:

@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from ..core.errors import LaunchError, explain
 from ..core.leaving import NOTE_VARIABLE, PREEMPTED_STATUS
 from ..settings import env
+from ..settings.preemption import SIGNALS
 from .plan import LaunchPlan
 from .report import RunPreempted, WorkersFailed
 
@@ -56,7 +57,7 @@ def run(plan: LaunchPlan) -> None:
         raise WorkersFailed.alone(plan.argv, status)
 
 
-_PASSED_ON = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1") if hasattr(signal, name)]
+_PASSED_ON = [signal.SIGINT, *map(signal.Signals.__getitem__, SIGNALS)]
 
 
 class _Child:

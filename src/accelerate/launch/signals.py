@@ -14,7 +14,10 @@ from typing import Any
 
 import psutil
 
+_TORCHS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+"""Those for which torch's agent sets a handler."""
 _PASSED_ON = [getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name)]
+_SET = [*_PASSED_ON, *(getattr(signal, name) for name in _TORCHS if hasattr(signal, name))]
 
 
 @contextmanager
@@ -22,12 +25,14 @@ def passing_on_to_children() -> Iterator[None]:
     """Let SIGUSR1 and SIGUSR2 to this process reach the workers that have a handler for it.
 
     A worker without one would be ended, and so would torch's helpers; before the workers have set theirs, nobody gets it.
+    Afterwards all handlers are what they were: torch leaves its own behind, which raises.
     """
     before: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere Python refuses handlers
+        before = {number: handler for number in _SET if (handler := signal.getsignal(number)) is not None}
         for number in _PASSED_ON:
-            if signal.getsignal(number) == signal.SIG_DFL:
-                before[number] = signal.signal(number, _pass_on)
+            if before.get(number) == signal.SIG_DFL:
+                signal.signal(number, _pass_on)
     try:
         yield
     finally:

@@ -27,7 +27,8 @@ LoadHook = Callable[[list[torch.nn.Module], str], None]
 class Loaded:
     """What a caller of `load_state` has to know of the checkpoint."""
 
-    folder: Path
+    folder: Path | str
+    """The folder; or the address it was copied from."""
     step: int
     """The accumulation step; 0 if the checkpoint does not say."""
     iteration: int

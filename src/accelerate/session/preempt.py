@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..checkpoint import layout
+from ..core.addresses import shown
 from ..core.errors import CheckpointError, SettingError, explain
 from ..core.leaving import NOTE_VARIABLE, Preempted, describe
-from ..data.borders import forget_evaluations
+from ..data.borders import forget_evaluations, is_inside_a_step
 from ..runtime import preemption, resuming
 from ..settings import env
 from ..settings.options.project import ProjectConfiguration
-from .save import checkpoints_folder
+from . import numbered
 from .session import Session
 
 
@@ -50,7 +51,9 @@ def _leave(session: Session, save: Callable[[], Path | str], reason: str) -> NoR
     with suppress(CheckpointError):  # it was logged, and what follows takes the place of that save
         session.saving.background.wait()
     # What an earlier run left in the folder must not have this save refused, which cannot be repeated.
-    project.iteration = runtime.collectives.broadcast_object(max(project.iteration, _first_free(project)))
+    newest = numbered.newest(project, runtime)
+    if newest is not None:
+        project.iteration = max(project.iteration, newest + 1)
     folder = save()
     process = runtime.process
     note = env.get(NOTE_VARIABLE)
@@ -67,7 +70,14 @@ def _leave(session: Session, save: Callable[[], Path | str], reason: str) -> NoR
     raise Preempted(folder, reason)
 
 
-def resume(session: Session, asked: str | Path | None, load: Callable[[str | None], None]) -> Path | None:
+def check() -> None:
+    """Let the run stop where the script asks for it, unless it would leave out a batch. Called on all ranks."""
+    watch = preemption.current
+    if watch is not None and not is_inside_a_step(watch):
+        watch.reach()
+
+
+def resume(session: Session, asked: str | Path | None, load: Callable[[str | None], None]) -> Path | str | None:
     """Load what the launch, or the script, asks to continue. Called on all ranks; collective.
 
     Args:
@@ -76,7 +86,7 @@ def resume(session: Session, asked: str | Path | None, load: Callable[[str | Non
         load: Loads a checkpoint, or the newest one.
 
     Returns:
-        The folder; `None` if the run starts from the beginning.
+        The folder or address; `None` if the run starts from the beginning.
 
     Raises:
         SettingError: (a `ValueError`) if `auto` has no folder to look in; or if nothing is to be loaded, and the folder
@@ -95,48 +105,34 @@ def resume(session: Session, asked: str | Path | None, load: Callable[[str | Non
         _refuse_full_folder(session)
         return None
     if str(asked) == "auto":
-        folder = _folder_of(settings.project)
-        exists = runtime.collectives.broadcast_object(_holds_any(folder) if runtime.process.rank == 0 else None)
-        if not exists:
+        _check_named(settings.project)
+        if numbered.newest(settings.project, runtime) is None:
             resuming.fulfil()
             if runtime.process.rank == 0:
                 print(
-                    f"accelerate: {folder} holds no checkpoint at all: the run starts from the beginning.",
+                    f"accelerate: {shown(numbered.place(settings.project))} holds no checkpoint at all: the run starts from "
+                    "the beginning.",
                     file=sys.stderr,
                     flush=True,
                 )
             return None
     load(None if str(asked) == "auto" else str(asked))
-    if runtime.process.rank == 0:
-        print(f"accelerate: the run continues from {session.loaded_from}", file=sys.stderr, flush=True)
-    return session.loaded_from
+    loaded = session.loaded_from
+    if runtime.process.rank == 0 and loaded is not None:
+        print(f"accelerate: the run continues from {shown(loaded)}", file=sys.stderr, flush=True)
+    return loaded
 
 
-def _folder_of(project: ProjectConfiguration) -> Path:
+def _check_named(project: ProjectConfiguration) -> None:
     if not (project.automatic_checkpoint_naming and project.project_dir):
         raise SettingError(
             explain(
                 "The run is asked to continue from its newest checkpoint (resume auto), and has no folder of checkpoints: "
-                f"automatic_checkpoint_naming={project.automatic_checkpoint_naming}, project_dir={project.project_dir!r}.",
+                f"automatic_checkpoint_naming={project.automatic_checkpoint_naming}, project_dir={shown(repr(project.project_dir))}.",
                 accepted="both set, or the folder of a checkpoint in place of auto",
                 remedy="Pass project_config=ProjectConfiguration(project_dir=..., automatic_checkpoint_naming=True).",
             )
         )
-    return checkpoints_folder(project)
-
-
-def _holds_any(folder: Path) -> bool:
-    """Tell whether there is a checkpoint of any kind, also a damaged one. A first save that was cut off is none."""
-    return bool(_saved(folder))
-
-
-def _saved(folder: Path) -> list[str]:
-    return layout.newest_first(path.name for path in folder.iterdir()) if folder.is_dir() else []
-
-
-def _first_free(project: ProjectConfiguration) -> int:
-    newest = next(iter(_saved(checkpoints_folder(project))), "")
-    return (layout.checkpoint_number(newest) or 0) + 1 if newest else 0
 
 
 def _refuse_full_folder(session: Session) -> None:
@@ -144,8 +140,8 @@ def _refuse_full_folder(session: Session) -> None:
     project, runtime = session.plan.settings.project, session.plan.runtime
     if not (project.automatic_checkpoint_naming and project.project_dir):
         return
-    first = layout.checkpoint_folder(Path(project.project_dir).expanduser(), project.iteration)
-    if runtime.collectives.broadcast_object(first.exists()):
+    if numbered.exists(project, runtime):
+        first = f"{shown(numbered.place(project))}/{layout.checkpoint_name(project.iteration)}"
         raise SettingError(
             explain(
                 f"The run starts from the beginning, and the folder of its first checkpoint exists already: {first}.",

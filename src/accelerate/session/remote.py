@@ -18,6 +18,7 @@ import torch
 from ..checkpoint import commit, layout, remote, weights
 from ..checkpoint.background import SaveHandle
 from ..collectives.base import Collectives
+from ..core.addresses import shown
 from ..core.errors import CheckpointError, SettingError, UnsupportedCombination, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
@@ -72,14 +73,14 @@ def save_state(
             )
         )
     collectives, automatic = runtime.collectives, project.automatic_checkpoint_naming
-    name = f"checkpoint_{project.iteration}" if automatic else "checkpoint"
+    name = layout.checkpoint_name(project.iteration) if automatic else "checkpoint"
     address = remote.below(_checkpoints(project), name) if automatic else str(folder)
-    with commit.together(collectives, f"The checkpoint {address} cannot be begun"):
+    with commit.together(collectives, f"The checkpoint {shown(address)} cannot be begun"):
         exists = automatic and collectives.rank == 0 and remote.has_manifest(address)
     if collectives.broadcast_object(exists):
         raise SettingError(
             explain(
-                f"There is a checkpoint at {address} already.",
+                f"There is a checkpoint at {shown(address)} already.",
                 remedy="Set ProjectConfiguration.iteration past the last checkpoint, or load that one first.",
             )
         )
@@ -123,7 +124,7 @@ def load_state(
             if collectives.rank == 0:
                 address = _fetch_newest(_checkpoints(project), root) if folder is None else _fetch(str(folder), root)
         address = collectives.broadcast_object(address)
-        with commit.together(collectives, f"The checkpoint {address} was not copied"):
+        with commit.together(collectives, f"The checkpoint {shown(address)} was not copied"):
             if leads and collectives.rank != 0:
                 _fetch(address, root)
         local = _local(project)
@@ -131,7 +132,7 @@ def load_state(
     number = layout.checkpoint_number(_last(address))
     if project.automatic_checkpoint_naming and number is not None:
         project.iteration = max(project.iteration, number + 1)
-    return dataclasses.replace(loaded, iteration=project.iteration)
+    return dataclasses.replace(loaded, folder=address, iteration=project.iteration)
 
 
 def save_model(
@@ -155,7 +156,7 @@ def save_model(
         return
     with remote.scratch(collectives, collectives.rank == 0) as root:
         weights.save_model(state, root / "weights", collectives, **options)
-        with commit.together(collectives, f"The weights were not written to {folder}"):
+        with commit.together(collectives, f"The weights were not written to {shown(folder)}"):
             if collectives.rank == 0:
                 remote.upload_weights(root / "weights", str(folder))
 
@@ -185,6 +186,8 @@ def _fetch_newest(checkpoints: str, root: Path) -> str:
         address = remote.below(checkpoints, name)
         try:
             _fetch(address, root)
+        except remote.Unreachable:
+            raise  # it may be complete: to go on from an older one would throw away what was trained since
         except CheckpointError as error:
             skipped.append(f"{name}: {str(error).splitlines()[0]}")
             shutil.rmtree(root / name)
@@ -194,7 +197,7 @@ def _fetch_newest(checkpoints: str, root: Path) -> str:
         return address
     raise CheckpointError(
         explain(
-            f"{checkpoints} holds no complete checkpoint. {'; '.join(skipped)}".rstrip(),
+            f"{shown(checkpoints)} holds no complete checkpoint. {'; '.join(skipped)}".rstrip(),
             remedy="Pass the address of a checkpoint, or start from the beginning.",
         )
     )
@@ -205,4 +208,4 @@ def _rotate(checkpoints: str, total_limit: int | None, newest: str) -> None:
         remote.rotate(checkpoints, total_limit, newest)
     except CheckpointError as error:
         # The new checkpoint is complete; that an old one is still there is no reason to stop a run.
-        warnings.warn(f"An old checkpoint at {checkpoints} could not be removed: {error}", stacklevel=3)
+        warnings.warn(f"An old checkpoint at {shown(checkpoints)} could not be removed: {error}", stacklevel=3)

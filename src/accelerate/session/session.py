@@ -45,7 +45,7 @@ class Session:
         self.save_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self.load_hooks: OrderedDict[int, Callable[..., Any]] = OrderedDict()
         self.saving = Saving(plan.runtime)
-        self.loaded_from: Path | None = None
+        self.loaded_from: Path | str | None = None
         """The checkpoint that was loaded last."""
         self.uneven: tuple[Any, ...] = ()
         """Those of the loaders whose ranks may end at different times."""

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Mapping
 from typing import Any
 
+from ..core.addresses import shown
 from ..core.errors import SettingError, WrongTypeError, explain
 from .options.project import ProjectConfiguration
 
@@ -31,7 +32,7 @@ def signals_from(project: ProjectConfiguration, environ: Mapping[str, str]) -> t
         raise SettingError(
             explain(
                 f"save_on_signals={','.join(names)} ({origin}) needs checkpoints that are named automatically, and "
-                f"automatic_checkpoint_naming={project.automatic_checkpoint_naming}, project_dir={project.project_dir!r}.",
+                f"automatic_checkpoint_naming={project.automatic_checkpoint_naming}, project_dir={shown(repr(project.project_dir))}.",
                 accepted="both set",
                 remedy="Pass project_config=ProjectConfiguration(project_dir=..., automatic_checkpoint_naming=True).",
             )

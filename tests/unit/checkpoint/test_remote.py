@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,9 @@ from accelerate import Accelerator
 from accelerate.checkpoint import layout, manifest, remote
 from accelerate.checkpoint.manifest import FileEntry, Manifest
 from accelerate.core import available
+from accelerate.core.addresses import shown
 from accelerate.core.errors import CheckpointError, MissingPackage, SettingError
+from accelerate.core.leaving import describe
 from accelerate.session import remote as session
 from accelerate.session.save import Contents
 from accelerate.utils import ProjectConfiguration
@@ -179,6 +182,97 @@ def test_an_old_checkpoint_that_cannot_be_removed_whole_is_no_checkpoint_any_mor
     assert listing(f"{place}/checkpoints/checkpoint_0")
     assert not remote.has_manifest(f"{place}/checkpoints/checkpoint_0")
     assert remote.has_manifest(f"{place}/checkpoints/checkpoint_1")
+
+
+def test_files_of_older_saves_that_cannot_be_removed_are_no_failed_save(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting(1).save(f"{place}/c")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            type(fsspec.core.url_to_fs(place)[0]), "rm", lambda *_, **__: (_ for _ in ()).throw(PermissionError("403"))
+        )
+        with pytest.warns(
+            UserWarning, match=r"was written, and files of older saves there could not be removed: .*403"
+        ):
+            assert counting(2).save(f"{place}/c") == f"{place}/c"
+    assert value_at(f"{place}/c") == 2
+    assert len({name.partition("/")[0] for name in listing(f"{place}/c")}) == 3
+    counting(3).save(f"{place}/c")
+    assert len({name.partition("/")[0] for name in listing(f"{place}/c")}) == 2
+
+
+@pytest.mark.parametrize("call", ["get_file", "info"])
+def test_a_newer_one_that_cannot_be_reached_is_not_passed_over(
+    place: str, call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = counting(0, place, automatic_checkpoint_naming=True)
+    run.save()
+    run.save()
+    kind = type(fsspec.core.url_to_fs(place)[0])
+    act = getattr(kind, call)
+
+    def refuse(self: Any, path: str, *args: Any, **kwargs: Any) -> Any:
+        if "checkpoint_1" in path:
+            raise TimeoutError("read timed out")
+        return act(self, path, *args, **kwargs)
+
+    other = counting(-1, place, automatic_checkpoint_naming=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, call, refuse)
+        with pytest.raises(remote.Unreachable, match=r"checkpoint_1 cannot be reached: TimeoutError: read timed out"):
+            other.load()
+    assert other.objects["custom_objects"][0].value == -1
+    other.load()
+    assert other.project.iteration == 2
+
+
+def test_nothing_is_copied_that_is_larger_than_the_manifest_says(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    counting(1).save(f"{place}/c")
+    system, path = fsspec.core.url_to_fs(f"{place}/c")
+    name = next(name for name in listing(f"{place}/c") if name.endswith("custom_checkpoint_0.json"))
+    system.pipe_file(f"{path}/{name}", b" " * 10_000)
+    copied = []
+    copy = type(system).get_file
+    monkeypatch.setattr(type(system), "get_file", lambda *args, **_: (copied.append(args[1]), copy(*args))[1])
+    with pytest.raises(CheckpointError, match=r"custom_checkpoint_0.json at .*/c has 10000 bytes in place of "):
+        value_at(f"{place}/c")
+    assert [name.rpartition("/")[2] for name in copied] == [layout.MANIFEST_NAME]
+    copied.clear()
+    monkeypatch.setattr(remote, "MAX_MANIFEST_BYTES", 100)
+    with pytest.raises(CheckpointError, match=r"/c has a accelerate_manifest.json of [0-9]+ bytes"):
+        value_at(f"{place}/c")
+    assert not copied
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "nosuch://user:s3cr3t@host/c",
+        "ftp://user:s3cr3t@127.0.0.1:1/c",
+        "nosuch://host/c?signature=s3cr3t",
+        "memory://user:s3cr3t@bucket/c",
+    ],
+)
+def test_passwords_in_addresses_are_not_told(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        type(MEMORY), "put_file", lambda _self, _file, path: (_ for _ in ()).throw(OSError(f"cannot write {path}"))
+    )
+    for act in (counting(1).save, value_at):
+        with pytest.raises(CheckpointError, match=r"\*\*\*") as raised:
+            act(address)
+        assert "s3cr3t" not in "".join(traceback.format_exception(raised.value))
+    project = {"automatic_checkpoint_naming": True, "iteration": 0}
+    with pytest.raises(CheckpointError) as raised:
+        counting(1, address, **project).save()
+    assert "s3cr3t" not in str(raised.value)
+    assert "s3cr3t" not in describe("rank 0 received SIGTERM", address)
+
+
+def test_an_address_without_secrets_is_shown_as_it_is() -> None:
+    for address in ("s3://bucket/a@b/c", "hf://datasets/org/name@main/x", "/folder/with?question@mark"):
+        assert shown(address) == address
+    assert shown("s3://key:secret@bucket/a@b") == "s3://***@bucket/a@b"
 
 
 def change_manifest(change: Callable[[Manifest], Manifest]) -> None:

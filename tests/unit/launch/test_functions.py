@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from accelerate import Accelerator
 from accelerate.core.errors import LaunchError
 from accelerate.launch import functions
+from accelerate.launch.report import RunPreempted
 from accelerate.launchers import debug_launcher, notebook_launcher
 from accelerate.runtime import state
+from accelerate.utils import ProjectConfiguration
 
 
 def note(folder: Path) -> None:
@@ -35,6 +40,28 @@ def die_on_rank_1() -> None:
     time.sleep(30)
 
 
+def train_until_asked_to_stop(folder: Path, name: str) -> None:
+    project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, save_on_signals=(name,))
+    accelerator = Accelerator(cpu=True, project_config=project)
+    model = torch.nn.Linear(1, 1)
+    loader = torch.utils.data.DataLoader(torch.ones(8, 1))
+    model, optimizer, loader = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1), loader)
+    for step, batch in enumerate(loader):
+        if step == 1 and accelerator.process_index == 1:
+            signal.raise_signal(signal.Signals[name])
+        accelerator.backward(model(batch).sum())
+        optimizer.step()
+    raise AssertionError("nobody stopped")
+
+
+def say_handlers(folder: Path) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)]
+    (folder / os.environ["RANK"]).write_text(f"{handlers[0] == handlers[2] == signal.SIG_DFL} {handlers[1].__name__}")
+
+
+def own_handler(*_: object) -> None: ...
+
+
 def read(folder: Path) -> dict[str, str]:
     return {file.name: file.read_text() for file in folder.iterdir()}
 
@@ -53,6 +80,23 @@ def test_notebook_launcher_gives_two_workers_on_a_machine_without_devices_and_th
     assert notebook_launcher(note, (tmp_path,), num_processes=2, mixed_precision="bf16") is None
 
     assert read(tmp_path) == {str(rank): "[0, 1] gloo cpu:0 bf16 true 1 2" for rank in range(2)}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_workers_save_themselves_on_a_signal(tmp_path, name):
+    with pytest.raises(RunPreempted, match=f"rank 1 received {name}: the run saved itself in .*checkpoint_0") as raised:
+        notebook_launcher(train_until_asked_to_stop, (tmp_path, name), num_processes=2)
+    assert raised.value.status == 75
+    assert (tmp_path / "checkpoints" / "checkpoint_0" / "accelerate_manifest.json").exists()
+
+
+def test_workers_handle_signals_as_the_notebook_does_and_not_as_its_launcher(tmp_path):
+    before = signal.signal(signal.SIGUSR1, own_handler)
+    try:
+        notebook_launcher(say_handlers, (tmp_path,), num_processes=2)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert read(tmp_path) == dict.fromkeys("01", "True own_handler")
 
 
 def test_notebook_launcher_runs_one_process_right_here_with_the_precision_asked_for():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 
@@ -13,9 +15,10 @@ from accelerate import Accelerator
 from accelerate.core.errors import CheckpointError, SettingError
 from accelerate.session.state import AcceleratorState
 from accelerate.utils import Preempted, ProjectConfiguration
+from tests.support.ranks import run_on_ranks
 
 
-def new(folder: Path | None) -> tuple[Accelerator, torch.nn.Module]:
+def new(folder: Path | str | None) -> tuple[Accelerator, torch.nn.Module]:
     AcceleratorState._reset_state(reset_partial_state=True)
     project = ProjectConfiguration(None if folder is None else str(folder), automatic_checkpoint_naming=True)
     accelerator = Accelerator(cpu=True, project_config=project)
@@ -165,3 +168,77 @@ def test_an_evaluation_that_was_stopped_begins_at_its_start_in_the_resumed_run(t
     accelerator.resume()
     assert (training.position.epoch, training.position.step) == (1, 0)
     assert [batch.item() for batch in evaluation] == [0, 1, 2, 3]
+
+
+# Addresses and nodes -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def address():
+    yield "memory://bucket/run"
+    fsspec.filesystem("memory").store.clear()
+
+
+def test_the_newest_checkpoint_at_an_address_is_loaded_and_named(address, auto, capsys, monkeypatch):
+    monkeypatch.delenv("ACCELERATE_RESUME")
+    accelerator, model = new(address)
+    for number in range(2):
+        torch.nn.init.constant_(model.weight, number)
+        accelerator.save_state()
+    with pytest.raises(SettingError, match=f"exists already: {address}/checkpoints/checkpoint_0"):
+        new(address)[0].resume()
+    monkeypatch.setenv("ACCELERATE_RESUME", "auto")
+    accelerator, model = new(address)
+    assert accelerator.resume() == f"{address}/checkpoints/checkpoint_1"
+    assert model.weight.item() == 1
+    assert capsys.readouterr().err == f"accelerate: the run continues from {address}/checkpoints/checkpoint_1\n"
+
+
+@pytest.mark.parametrize("left", [None, "files-1234/model.safetensors"])
+def test_at_an_address_without_any_checkpoint_the_run_starts_from_the_beginning(address, auto, capsys, left):
+    if left is not None:  # a first save that was cut off
+        fsspec.filesystem("memory").pipe_file(f"/bucket/run/checkpoints/checkpoint_0/{left}", b"")
+    accelerator, _ = new(address)
+    assert accelerator.resume() is None
+    assert f"accelerate: {address}/checkpoints holds no checkpoint at all" in capsys.readouterr().err
+    assert accelerator.resume("off") is None
+    accelerator.save_state()
+
+
+def test_a_run_saves_itself_at_an_address_that_holds_checkpoints(address, monkeypatch):
+    for number in (0, 9, 10):
+        accelerator, _ = new(address)
+        accelerator.project_configuration.iteration = number
+        accelerator.save_state()
+    monkeypatch.setenv("ACCELERATE_SAVE_ON_SIGNALS", "TERM")
+    accelerator, _ = new(address)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(Preempted) as left:
+        accelerator.check_preemption()
+    assert left.value.folder == f"{address}/checkpoints/checkpoint_11"
+
+
+def resume_on_nodes(folders: list[str]) -> object:
+    """Each rank is a node of its own, whose disk nobody else reads."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rank = int(os.environ["RANK"])
+    os.environ["LOCAL_RANK"] = "0"
+    project = ProjectConfiguration(folders[rank], automatic_checkpoint_naming=True, save_on_each_node=True)
+    accelerator = Accelerator(cpu=True, project_config=project)
+    assert accelerator.is_local_main_process
+    try:
+        return accelerator.resume("auto")
+    except (CheckpointError, SettingError) as error:
+        return str(error)
+
+
+def test_a_node_whose_disk_is_new_does_not_have_all_start_from_the_beginning(saved, tmp_path):
+    told = run_on_ranks(resume_on_nodes, 2, [str(tmp_path / "new"), str(saved)])
+    assert all(isinstance(text, str) and "no folder to load a checkpoint from" in text for text in told), told
+
+
+def test_a_folder_that_cannot_be_listed_is_told_on_all_ranks(saved, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoints").symlink_to("checkpoints")  # to itself
+    told = run_on_ranks(resume_on_nodes, 2, [str(tmp_path / "other"), str(saved)])
+    assert all("symbolic links" in str(text) for text in told), told
