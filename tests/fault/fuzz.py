@@ -79,7 +79,7 @@ class Manifests(Reader):
     def __init__(self, base: Path):
         super().__init__(base)
         (self.folder / "optimizer.json").write_bytes(b"{}")
-        manifest.write(self.folder, save_id="a", world_size=2, step=1, iteration=3)
+        manifest.write(self.folder, {}, save_id="a", world_size=2, step=1, iteration=3)
         (self.folder / "link").symlink_to(base)
         self.file = self.folder / layout.MANIFEST_NAME
         self.good = [self.file.read_bytes()]

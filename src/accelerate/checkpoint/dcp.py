@@ -20,7 +20,7 @@ import torch
 
 from ..core.errors import CheckpointError, explain
 from . import layout
-from .tensor_file import TensorInfo, dtype_name
+from .tensor_file import TensorInfo, check_shape, dtype_name
 from .trust import Record, load_tensor, read_records
 
 METADATA_NAME = ".metadata"
@@ -152,15 +152,19 @@ def _dict(value: Any) -> dict[Any, Any]:
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or not all(type(item) is int and 0 <= item < 2**63 for item in value):
+    if not isinstance(value, tuple) or not all(type(item) is int for item in value):
         raise TypeError("there are no sizes where some should be")
+    check_shape(value)
     return value
 
 
 def _index(record: Any) -> tuple[str, tuple[int, ...] | None]:
     fields = _fields(record, "MetadataIndex")
     offset = fields.get("offset")
-    return str(fields["fqn"]), None if offset is None else _numbers(offset)
+    name = fields["fqn"]
+    if type(name) is not str:  # to print a list could take all memory
+        raise TypeError("the name of a tensor is no text")
+    return name, None if offset is None else _numbers(offset)
 
 
 def _storage(record: Any) -> tuple[str, int, int]:
@@ -179,7 +183,7 @@ def _entry(key: str, state: Any, places: Mapping[tuple[str, tuple[int, ...] | No
     properties = fields["properties"].state
     dtype = properties[0] if isinstance(properties, tuple) else _dict(properties)["dtype"]
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"the type of {key!r} is not known")
+        raise TypeError(f"the type of {key[:200]!r} is not known")
     shape = _numbers(fields["size"])
     pieces: list[Piece] = []
     for chunk in fields["chunks"]:
@@ -187,7 +191,7 @@ def _entry(key: str, state: Any, places: Mapping[tuple[str, tuple[int, ...] | No
         offsets, sizes = _numbers(place["offsets"]), _numbers(place["sizes"])
         pieces.append(Piece(offsets, sizes, *places[key, offsets]))
         if pieces[-1].length < math.prod(sizes) * dtype.itemsize:
-            raise ValueError(f"{pieces[-1].length} bytes cannot hold a piece of {key!r} of shape {list(sizes)}")
+            raise ValueError(f"{pieces[-1].length} bytes cannot hold a piece of {key[:200]!r} of shape {list(sizes)}")
     _check_cover(key, shape, pieces)
     return Entry(key, TensorInfo(dtype_name(dtype), shape, math.prod(shape) * dtype.itemsize), tuple(pieces))
 
@@ -196,12 +200,12 @@ def _check_cover(key: str, shape: tuple[int, ...], pieces: list[Piece]) -> None:
     """Refuse a tensor of which a part is not there, or there twice."""
     for piece in pieces:
         if not len(piece.offsets) == len(piece.sizes) == len(shape):
-            raise ValueError(f"a piece of {key!r} has another number of dimensions")
+            raise ValueError(f"a piece of {key[:200]!r} has another number of dimensions")
         if any(begin + size > whole for begin, size, whole in zip(piece.offsets, piece.sizes, shape, strict=True)):
-            raise ValueError(f"a piece of {key!r} lies outside it")
+            raise ValueError(f"a piece of {key[:200]!r} lies outside it")
     solid = [piece for piece in pieces if math.prod(piece.sizes)]
     if sum(math.prod(piece.sizes) for piece in solid) != math.prod(shape):
-        raise ValueError(f"the pieces of {key!r} do not make up its shape {list(shape)}")
+        raise ValueError(f"the pieces of {key[:200]!r} do not make up its shape {list(shape)}")
     if len(solid) < 2:
         return
     # Along the dimension that is cut most, few pieces have to be compared with each other.
@@ -210,7 +214,7 @@ def _check_cover(key: str, shape: tuple[int, ...], pieces: list[Piece]) -> None:
     for piece in sorted(solid, key=lambda piece: piece.offsets[axis]):
         near = [other for other in near if other.offsets[axis] + other.sizes[axis] > piece.offsets[axis]]
         if any(_overlap(piece, other) for other in near):
-            raise ValueError(f"two pieces of {key!r} overlap")
+            raise ValueError(f"two pieces of {key[:200]!r} overlap")
         near.append(piece)
 
 
@@ -279,6 +283,8 @@ def _pieces(folder: Folder, entry: Entry) -> Iterator[tuple[Piece, torch.Tensor]
             raise layout.MissingFile(
                 explain(f"{file}, with a part of {entry.key!r}, is missing or too short.", remedy="Copy it again.")
             )
+    for piece in entry.pieces:
+        file = folder.path / piece.file
         with file.open("rb") as stream:
             stream.seek(piece.start)
             content = load_tensor(io.BytesIO(stream.read(piece.length)), f"{entry.key!r} in {file}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -22,6 +22,8 @@ from ..core.errors import CheckpointError, explain
 
 MAX_HEADER_BYTES = 100_000_000
 """What the safetensors library accepts."""
+MAX_DIMS = 64
+"""As many as torch has. To multiply a million of large numbers takes hours."""
 
 # In the order in which their tensors stand in a file.
 _DTYPES = {
@@ -82,6 +84,16 @@ def has_form(info: TensorInfo) -> bool:
     return getattr(torch, info.dtype, None) in _NAMES
 
 
+def check_shape(shape: Sequence[int]) -> None:
+    """Refuse what can be no shape of a tensor, before anything is multiplied.
+
+    Raises:
+        ValueError: Without the shape, which may be long.
+    """
+    if len(shape) > MAX_DIMS or not all(0 <= size < 2**63 for size in shape):
+        raise ValueError("there is a shape in it that no tensor can have")
+
+
 def read_header(file: Path) -> Header:
     """Read what a safetensors file holds, and none of its tensors.
 
@@ -110,11 +122,12 @@ def _parse(text: bytes, length: int) -> Header:
     end = 0
     for name, entry in sorted(found.items(), key=lambda item: item[1].data_offsets):
         begin, stop = entry.data_offsets
-        if begin != end or stop < begin or min(entry.shape, default=0) < 0:
-            raise ValueError(f"the place of {name!r} in it is wrong")
+        if begin != end or stop < begin:
+            raise ValueError(f"the place of {name[:200]!r} in it is wrong")
+        check_shape(entry.shape)
         dtype = _DTYPES.get(entry.dtype)
         if dtype is not None and math.prod(entry.shape) * dtype.itemsize != stop - begin:
-            raise ValueError(f"{name!r} of {entry.dtype} {entry.shape} cannot have {stop - begin} bytes")
+            raise ValueError(f"{name[:200]!r} of {entry.dtype} {entry.shape} cannot have {stop - begin} bytes")
         end = stop
     tensors = {name: _info(entry) for name, entry in found.items()}
     return Header(tensors, metadata, 8 + length + end)

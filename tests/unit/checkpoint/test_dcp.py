@@ -24,9 +24,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from accelerate.checkpoint import dcp, layout
+from accelerate.checkpoint import dcp, layout, trust
 from accelerate.checkpoint.trust import Record, read_records
 from accelerate.core.errors import CheckpointError
+from tests.fault.bounded import MB, cost_of
 
 from .support import same_bits
 
@@ -153,6 +154,15 @@ def test_pieces_in_two_dimensions_are_put_together_and_overlaps_are_seen(tmp_pat
         dcp.read_folder(described(tmp_path / "b", chunks=crossed, size=(4, 4)))
 
 
+def test_a_shape_that_no_tensor_has_is_refused_before_it_is_multiplied(tmp_path: Path) -> None:
+    large = (2**63 - 1,) * 50_000
+    folder = described(tmp_path, chunks=[(large, large)], size=large)
+    begin = time.process_time()
+    with pytest.raises(CheckpointError, match="shape in it that no tensor can have"):
+        dcp.read_folder(folder)
+    assert time.process_time() - begin < 2
+
+
 # Pickles --------------------------------------------------------------------------------------------------------------
 
 
@@ -222,15 +232,15 @@ DEEP = b")" + b"\x85" * 2_000_000
         pytest.param(CLASS + b"}b.", "no record", id="a class is changed"),
         pytest.param(b"ctorch\nSize\n}b.", "no record", id="a function is changed"),
         pytest.param(CLASS + b"\x29\x81}s.", "", id="a record is no dictionary"),
-        pytest.param(b"\x8e" + (2**62).to_bytes(8, "little") + b"x.", "plain records", id="bytes"),
+        pytest.param(b"\x8e" + (2**62).to_bytes(8, "little") + b"x.", "plain data", id="bytes"),
         pytest.param(b"\x95" + (2**62).to_bytes(8, "little") + b"N", "EOF", id="a frame larger than all memory"),
         pytest.param(b"\x58" + (2**32 - 1).to_bytes(4, "little") + b"N.", "", id="a text larger than the file"),
-        pytest.param(b"P1\n.", "plain records", id="a persistent object"),
-        pytest.param(b"\x82\x01.", "plain records", id="an extension"),
+        pytest.param(b"P1\n.", "plain data", id="a persistent object"),
+        pytest.param(b"\x82\x01.", "plain data", id="an extension"),
         pytest.param(b"cpathlib\nPath\n(]tR.", "", id="a path of a list"),
         pytest.param(b"h\x05.", "Memo value not found", id="something that was never said"),
         pytest.param(b"", "EOF", id="nothing"),
-        pytest.param(b"]" + b"0" * 3, "plain records", id="an instruction that is left out"),
+        pytest.param(b"]" + b"0" * 3, "plain data", id="an instruction that is left out"),
     ],
 )
 def test_a_hostile_pickle_is_refused_at_once(tmp_path: Path, content: bytes, reason: str) -> None:
@@ -249,6 +259,45 @@ def test_lists_of_lists_of_lists_cost_no_more_than_they_say(tmp_path: Path) -> N
     (tmp_path / "p").write_bytes(b"cpathlib\nPath\n(" + nested + b"tR.")
     with pytest.raises(CheckpointError):
         read_records(tmp_path / "p", set())
+
+
+def test_what_is_used_again_and_again_costs_no_more_than_the_file(tmp_path: Path) -> None:
+    text = b"X" + (100_000).to_bytes(4, "little") + b"a" * 100_000
+    (tmp_path / "p").write_bytes(b"cpathlib\nPath\n(" + text + b"q\0" + b"h\0" * 5_000 + b"tR.")
+    cost = cost_of(lambda: read_records(tmp_path / "p", set()))
+    assert cost.is_clean
+    assert "again and again" in cost.error
+    assert cost.memory < 50 * MB
+
+
+def test_the_name_of_a_tensor_is_a_text_and_nothing_that_is_large_when_printed(tmp_path: Path) -> None:
+    def record(name: str, state: bytes) -> bytes:
+        return b"ctorch.distributed.checkpoint.metadata\n" + name.encode() + b"\n)\x81" + state + b"b"
+
+    def text(value: str) -> bytes:
+        return b"X" + len(value).to_bytes(4, "little") + value.encode()
+
+    name = b"]"
+    for number in range(40):  # each holds the one before it twice
+        name = b"](" + name + b"q%ch%ce" % (number, number)
+    place = b"}" + text("fqn") + name + b"s"
+    stored = b"}" + record("MetadataIndex", place) + record("_StorageInfo", b"}") + b"s"
+    content = record("Metadata", b"}(" + text("storage_data") + stored + text("state_dict_metadata") + b"}u")
+    (tmp_path / ".metadata").write_bytes(content.replace(b"metadata\n_StorageInfo", b"filesystem\n_StorageInfo") + b".")
+    cost = cost_of(lambda: dcp.read_folder(tmp_path))
+    assert cost.is_clean
+    assert "the name of a tensor is no text" in cost.error
+    assert cost.memory < 50 * MB
+
+
+def test_a_pickle_of_more_objects_than_are_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trust, "_MAX_STEPS", 1000)
+    (tmp_path / "p").write_bytes(b"(" + b"}" * 999 + b"t.")
+    assert read_records(tmp_path / "p", set()) == ({},) * 999
+    for content in (b"(" + b"}" * 1000 + b"t.", b")" + b"\x85" * 1001 + b".", b"N" + b"\x94" * 1001 + b"."):
+        (tmp_path / "p").write_bytes(content)
+        with pytest.raises(CheckpointError, match="more than the 1000 objects"):
+            read_records(tmp_path / "p", set())
 
 
 @hypothesis.given(st.data())

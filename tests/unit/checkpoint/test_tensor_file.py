@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import time
 import weakref
 from pathlib import Path
 
@@ -142,6 +143,18 @@ def test_a_header_that_does_not_fit_is_refused_with_the_name_of_the_file(tmp_pat
     (tmp_path / "bad.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"bad\.safetensors is damaged"):
         read_header(tmp_path / "bad.safetensors")
+
+
+@pytest.mark.parametrize("shape", [[2**63 - 1] * 100_000 + [0], [1] * 65, [2**63]], ids=["long", "65", "large"])
+def test_a_shape_that_no_tensor_has_is_refused_before_it_is_multiplied(tmp_path: Path, shape: list[int]) -> None:
+    begin = time.process_time()
+    for kind in ("F32", "F4"):
+        entry = {"dtype": kind, "shape": shape, "data_offsets": [0, 0]}
+        (tmp_path / "bad.safetensors").write_bytes(header({"a" * 10_000: entry}))
+        with pytest.raises(CheckpointError, match=r"bad\.safetensors is damaged") as caught:
+            read_header(tmp_path / "bad.safetensors")
+        assert len(str(caught.value)) < 1000
+    assert time.process_time() - begin < 2
 
 
 @hypothesis.given(st.data())
