@@ -711,13 +711,13 @@ def test_a_checkpoint_that_is_saved_anew_while_it_is_loaded_is_refused(
     writer, reader = Training("adamw", "step", 1), Training("adamw", "step", 2)
     writer.steps(1)
     writer.run().save(tmp_path / "c")
-    real = full.load_optimizer
+    real = full.load_model
 
-    def load_optimizer(*args: Any) -> None:
+    def load_model(*args: Any) -> None:
         writer.run().save(tmp_path / "c")
         real(*args)
 
-    monkeypatch.setattr(full, "load_optimizer", load_optimizer)
+    monkeypatch.setattr(full, "load_model", load_model)
     with pytest.raises(CheckpointError, match="was saved anew while it was loaded"):
         reader.run().load(tmp_path / "c")
 
