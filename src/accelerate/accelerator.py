@@ -841,7 +841,7 @@ class Accelerator:
         """Load what `save_state` wrote into the prepared objects. Called on all ranks; collective.
 
         Args:
-            input_dir: The folder or address; with automatic naming `None` takes the newest complete one.
+            input_dir: The folder or address; with automatic naming `None` takes the newest complete one, and says which.
             load_kwargs: Keywords for `load_state_dict` of models, as are `load_model_func_kwargs`.
             verify: What is compared with the manifest first: the content of all files (`"full"`), their sizes
                 (`"size"`), or nothing (`"off"`). Without a folder, damaged checkpoints are passed over with a warning.
@@ -867,6 +867,8 @@ class Accelerator:
         )
         session.windows.load_state_dict(loaded.windows, loaded.step)
         session.loaded_from = loaded.folder
+        if input_dir is None:
+            session_preempt.tell_loaded(session)
         resuming.fulfil()
 
     def resume(self, checkpoint: str | Path | None = None) -> Path | str | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..checkpoint import background, commit, full, gradients, layout, legacy, ma
 from ..core.errors import AccelerateError, CheckpointError, SettingError, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
+from . import numbered
 from .save import Contents, checkpoints_folder, leads_on_disk
 
 LoadHook = Callable[[list[torch.nn.Module], str], None]
@@ -48,8 +49,6 @@ class _Choice:
     folder: str
     manifest: manifest.Manifest | None
     error: AccelerateError | None = None
-    highest: int = -1
-    """The highest number of a checkpoint beside it."""
 
 
 def load_state(
@@ -120,9 +119,7 @@ def load_state(
         rest = train_state.load_random_state(source, runtime.process.rank, saved_ranks, runtime.hardware, strict)
         if leads_on_disk(runtime, project):
             _check_unchanged(source, choice.manifest)
-    if project.automatic_checkpoint_naming and layout.checkpoint_number(source.name) is not None:
-        # Past those that were passed over too: their folders are there, and a save does not write over them.
-        project.iteration = max(project.iteration, choice.highest + 1)
+    numbered.go_on_behind(source.name, project, runtime)
     step = choice.manifest.step if choice.manifest else rest.get("step", 0)
     if windows is None and saved_ranks not in (None, runtime.process.world_size):
         step = 0  # no window was open, and how many batches other ranks took for theirs says nothing here
@@ -154,7 +151,7 @@ def _look(
     try:
         if folder is None:
             return _newest(project, newest, verify)
-        return _beside_others(_examine(_given(Path(folder).expanduser()), strict, verify))
+        return _examine(_given(Path(folder).expanduser()), strict, verify)
     except AccelerateError as error:
         return _Choice("", None, error)
     except Exception as error:  # noqa: BLE001 - the other ranks are waiting to hear of it
@@ -178,13 +175,6 @@ def _examine(source: Path, strict: bool, verify: manifest.Verify) -> _Choice:
     return _Choice(str(source), found)
 
 
-def _beside_others(choice: _Choice) -> _Choice:
-    if layout.checkpoint_number(Path(choice.folder).name) is None:
-        return choice
-    names = (path.name for path in Path(choice.folder).absolute().parent.iterdir())
-    return replace(choice, highest=max((layout.checkpoint_number(name) or 0 for name in names), default=0))
-
-
 def _check_unchanged(source: Path, before: manifest.Manifest | None) -> None:
     """Refuse what was read while another process saved there: it may be of both states."""
     after = manifest.read(source)
@@ -199,7 +189,6 @@ def _same_choice(own: _Choice | None, found: Sequence[_Choice]) -> _Choice:
         if choice.error is not None:
             raise choice.error
     first = found[0]
-    highest = max(choice.highest for choice in found)
     others = {choice.manifest.save_id if choice.manifest else None for choice in found}
     if len(others) > 1:
         raise CheckpointError(
@@ -208,7 +197,7 @@ def _same_choice(own: _Choice | None, found: Sequence[_Choice]) -> _Choice:
                 remedy="Pass the folder of a checkpoint that is complete on all nodes.",
             )
         )
-    return replace(own or first, highest=highest)
+    return own or first
 
 
 def _lost_manifest(source: Path) -> bool:
@@ -243,7 +232,7 @@ def _newest(project: ProjectConfiguration, newest: int | None, verify: manifest.
             continue
         if skipped:
             warnings.warn(f"Loading {name}, because newer ones cannot be: {' '.join(skipped)}", stacklevel=5)
-        return _beside_others(choice)
+        return choice
     raise CheckpointError(
         explain(
             f"{folder} holds no complete checkpoint. {' '.join(skipped)}".rstrip(),

@@ -44,6 +44,23 @@ def newest(project: ProjectConfiguration, runtime: Runtime) -> int | None:
     return max(numbers, default=None)
 
 
+def go_on_behind(loaded: str, project: ProjectConfiguration, runtime: Runtime) -> None:
+    """Let the next save have a number behind the checkpoint `loaded` and all that are there.
+
+    A save does not write over those that were passed over. Called on all ranks; collective with automatic naming.
+
+    Args:
+        loaded: The last part of its folder or address.
+        project: Its counter is raised.
+        runtime: Ranks and disks.
+    """
+    number = layout.checkpoint_number(loaded)
+    if not project.automatic_checkpoint_naming or number is None:
+        return
+    highest = newest(project, runtime) if project.project_dir else None
+    project.iteration = max(project.iteration, number + 1, 0 if highest is None else highest + 1)
+
+
 def exists(project: ProjectConfiguration, runtime: Runtime) -> bool:
     """Tell whether the next save would be refused, since there is a checkpoint of its number on any node.
 

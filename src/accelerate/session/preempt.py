@@ -116,11 +116,18 @@ def resume(session: Session, asked: str | Path | None, load: Callable[[str | Non
                     flush=True,
                 )
             return None
-    load(None if str(asked) == "auto" else str(asked))
-    loaded = session.loaded_from
-    if runtime.process.rank == 0 and loaded is not None:
-        print(f"accelerate: the run continues from {shown(loaded)}", file=sys.stderr, flush=True)
-    return loaded
+    if str(asked) == "auto":
+        load(None)  # which says what it takes
+    else:
+        load(str(asked))
+        tell_loaded(session)
+    return session.loaded_from
+
+
+def tell_loaded(session: Session) -> None:
+    """Print, on one process, which checkpoint the run goes on from."""
+    if session.plan.runtime.process.rank == 0 and session.loaded_from is not None:
+        print(f"accelerate: the run continues from {shown(session.loaded_from)}", file=sys.stderr, flush=True)
 
 
 def _check_named(project: ProjectConfiguration) -> None:

@@ -22,7 +22,7 @@ from ..core.addresses import shown
 from ..core.errors import CheckpointError, SettingError, UnsupportedCombination, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
-from . import load, save
+from . import load, numbered, save
 
 
 def saver(folder: str | Path | None, project: ProjectConfiguration) -> Callable[..., Any]:
@@ -129,9 +129,7 @@ def load_state(
                 _fetch(address, root)
         local = _local(project)
         loaded = load.load_state(contents, folder=root / _last(address), project=local, runtime=runtime, **options)
-    number = layout.checkpoint_number(_last(address))
-    if project.automatic_checkpoint_naming and number is not None:
-        project.iteration = max(project.iteration, number + 1)
+    numbered.go_on_behind(_last(address), project, runtime)
     return dataclasses.replace(loaded, folder=address, iteration=project.iteration)
 
 

@@ -412,3 +412,15 @@ def test_a_save_that_is_killed_before_any_of_its_steps_leaves_the_old_or_the_new
     assert number > 8
     assert seen.count(True) > 1
     assert len({name.partition("/")[0] for name in listing(address)}) == 2
+
+
+def test_a_save_goes_behind_damaged_checkpoints_that_were_passed_over(place: str) -> None:
+    run = counting(1, place, automatic_checkpoint_naming=True)
+    run.save()
+    run.save()
+    system, newest = fsspec.core.url_to_fs(f"{place}/checkpoints/checkpoint_1")
+    system.rm(next(file for file in system.find(newest) if "custom" in file))
+    again = counting(0, place, automatic_checkpoint_naming=True)
+    with pytest.warns(UserWarning, match="newer ones are not complete"):
+        again.load()
+    assert str(again.save()).endswith("checkpoint_2")
