@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ import torch
 
 from accelerate import Accelerator
 from accelerate.checkpoint import durable, layout
+from accelerate.collectives import torch_dist
 from accelerate.core.errors import CheckpointError
 from tests.support.ranks import run_on_ranks
 
@@ -166,3 +168,16 @@ def test_what_one_rank_has_heard_all_hear_at_the_next_call(tmp_path: Path) -> No
     first, second = run_on_ranks(_hear_on_one_rank, 2, tmp_path)
     assert first == second
     assert "No space left on device" in first
+
+
+def _wait_longer_than_it_takes_to_connect() -> list[int]:
+    torch_dist._CONNECTING = dt.timedelta(seconds=1)
+    accelerator, _ = begin()
+    line = accelerator.state._runtime.collectives.second_line()
+    if accelerator.process_index == 1:
+        time.sleep(2)
+    return line.all_gather_object(accelerator.process_index)
+
+
+def test_the_short_time_to_connect_is_not_the_time_that_writing_may_take() -> None:
+    assert run_on_ranks(_wait_longer_than_it_takes_to_connect, 2) == [[0, 1], [0, 1]]

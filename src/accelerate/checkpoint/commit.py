@@ -314,9 +314,9 @@ def _prepare(final: Path, fresh: bool) -> bool:
         recover(final)
     else:
         durable.make_folder(final.parent)
-    area = _area(final, inside)
-    _remove(area.root)
-    area.staging.mkdir(parents=True)
+    for was_inside in (True, False):  # what a process that was killed has left, beside a folder that was not there then
+        _remove(_area(final, was_inside).root)
+    _area(final, inside).staging.mkdir(parents=True)
     return inside
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Sequence
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from ..topology import connect
 from .base import Collectives, Exchange
@@ -133,11 +135,17 @@ class TorchCollectives(Collectives):
         return _SecondLine()
 
 
+_CONNECTING = dt.timedelta(seconds=30)
+
+
 class _SecondLine:
     """A group of its own between CPUs: what runs on it never meets the operations of the main thread."""
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=connect.group_timeout())
+        # A rank that ends while others connect to it would keep them for as long as operations may take.
+        group: Any = dist.new_group(backend="gloo", timeout=_CONNECTING)
+        distributed_c10d._set_pg_timeout(connect.group_timeout(), group)
+        self._group = group
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 

@@ -142,7 +142,10 @@ def save_state(
     else:
         with staging.kept_if_all_succeed(collectives):
             files = take()
-        line = saving.line = saving.line or collectives.second_line()
+        if (line := saving.line) is None:
+            # Agreed on too: while one rank still connects, none may begin to write, and perhaps end.
+            with staging.kept_if_all_succeed(collectives):
+                line = saving.line = collectives.second_line()
         handle = saving.background.start(target, lambda: complete(line, lambda: files))
     project.iteration += 1
     return handle

@@ -322,3 +322,23 @@ def test_no_disk_decides_before_all_could(tmp_path: Path) -> None:
         thread.join()
     assert [(tmp_path / str(rank) / "out" / "a").read_text() for rank in (0, 1)] == ["old", "old"]
     assert all("rank 1: " in errors[rank] and "untouched" in errors[rank] for rank in (0, 1))
+
+
+def test_what_a_killed_save_left_beside_its_new_folder_goes_with_the_next_one(tmp_path: Path) -> None:
+    final = tmp_path / "out"
+    with pytest.raises(Killed):  # after the rename, before anything else
+        with pytest.MonkeyPatch.context() as patch:
+
+            def flush(folder: Path) -> None:
+                if folder == tmp_path:
+                    raise Killed
+
+            patch.setattr(durable, "flush_folder", flush)
+            patch.setattr(commit.shutil, "rmtree", lambda *_, **__: None)
+            with commit.staged(final, ONE) as staging:
+                write(staging, {"a": "1"})
+    assert [name for name in everything(tmp_path) if name.startswith(layout.SAVING_NAME)]
+    with commit.staged(final, ONE) as staging:
+        write(staging, {"a": "2"})
+    assert everything(tmp_path) == ["out"]
+    assert files(final) == {"a": "2"}
