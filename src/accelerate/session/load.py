@@ -194,7 +194,9 @@ def _same_choice(own: _Choice | None, found: Sequence[_Choice]) -> _Choice:
 
 
 def _lost_manifest(source: Path) -> bool:
-    return any(source.glob(f"{layout.RNG_STATE_NAME}_*.json"))
+    """Tell whether files lie there that only this library writes, and never without a manifest."""
+    names = [path.name for path in source.iterdir() if path.suffix == ".json"]
+    return any(layout.is_checkpoint_file(name) and not layout.is_weights(name) for name in names)
 
 
 def _given(source: Path) -> Path:
