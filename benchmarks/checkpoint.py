@@ -3,8 +3,9 @@
     python benchmarks/checkpoint.py [--rounds 7] [--megabytes 256] [--folder FOLDER] [--peer FOLDER]
 
 The state is a model of the given size with AdamW, three times that in all. One worker per library keeps it in memory;
-in each round it does one thing by hand and the same with the library, in turn. By hand, a save is `torch.save` and an
-fsync; a load is `torch.load(mmap=True)`, every number read once. The peer is installed as for `run.py`.
+in each round it does one thing by hand and the same with the library; which comes first changes from round to round. What
+an earlier save has left is removed before the clock starts. By hand, a save is `torch.save` and an fsync; a load is
+`torch.load(mmap=True)`, every number read once. The peer is installed as for `run.py`.
 """
 
 from __future__ import annotations
@@ -48,13 +49,10 @@ class State:
     def save_by_hand(self) -> None:
         import torch
 
-        # A new file each time, as a new checkpoint is.
-        aside = self.folder / "by hand.new"
-        with aside.open("wb") as stream:
+        with (self.folder / "by hand.pt").open("xb") as stream:
             torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}, stream)
             stream.flush()
             os.fsync(stream.fileno())
-        aside.replace(self.folder / "by hand.pt")
 
     def load_by_hand(self) -> None:
         import torch
@@ -62,8 +60,15 @@ class State:
         for tensor in _tensors(torch.load(self.folder / "by hand.pt", mmap=True)):
             tensor.sum()
 
+    def clear(self) -> None:
+        """Remove what was saved, so that each save makes new files, as a new checkpoint does."""
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
     def save(self, name: str = "saved", **options: Any) -> Any:
-        shutil.rmtree(self.folder / name, ignore_errors=True)
         return self.accelerator.save_state(str(self.folder / name), **options)
 
     def load(self, **options: Any) -> None:
@@ -81,10 +86,16 @@ def _tensors(state: Any) -> Iterator[Any]:
         yield state
 
 
-def _seconds(action: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+def _seconds(*actions: Callable[[], Any], swapped: bool) -> list[float]:
+    """Return how long each takes; `swapped` begins with the last."""
+    found = [0.0] * len(actions)
+    for place in sorted(range(len(actions)), reverse=swapped):
+        start = time.perf_counter()
+        handle = actions[place]()
+        found[place] = time.perf_counter() - start
+        if hasattr(handle, "wait"):  # a save in the background, which the next action shall not meet
+            handle.wait()
+    return found
 
 
 def _peak_bytes(action: Callable[[], Any]) -> int:
@@ -118,23 +129,24 @@ def work(folder: Path, megabytes: int) -> None:
     state = State(folder, megabytes)
     is_ours = "blocking" in inspect.signature(state.accelerator.save_state).parameters
     total_bytes = 3 * megabytes * 2**20
-    state.save_by_hand()
     print("ready", flush=True)
     for line in sys.stdin:
-        what = line.strip()
+        number, _, what = line.strip().partition(" ")
+        swapped = int(number) % 2 == 1
         if what == "save":
-            print(_seconds(state.save_by_hand), _seconds(state.save), flush=True)
+            state.clear()
+            print(*_seconds(state.save_by_hand, state.save, swapped=swapped), flush=True)
         elif what == "background" and is_ours:
-            by_hand = _seconds(state.save)
-            start = time.perf_counter()
-            handle = state.save("saved 2", blocking=False)
-            stall = time.perf_counter() - start
-            handle.wait()
-            print(by_hand, stall, flush=True)
+            state.clear()
+            in_background = partial(state.save, "saved 2", blocking=False)
+            print(*_seconds(state.save, in_background, swapped=swapped), flush=True)
+            state.save_by_hand()  # for the loads that follow
         elif what.startswith("load"):
             options = {"verify": what.split()[1]} if is_ours and " " in what else {}
-            print(_seconds(state.load_by_hand), _seconds(partial(state.load, **options)), flush=True)
+            load = partial(state.load, **options)
+            print(*_seconds(state.load_by_hand, load, swapped=swapped), flush=True)
         elif what == "memory":
+            state.clear()
             grown = [_peak_bytes(state.save)]
             if is_ours:
                 grown.append(_peak_bytes(lambda: state.save("saved 2", blocking=False).wait()))
@@ -160,9 +172,10 @@ class Worker:
         )
         self._read()
 
-    def ask(self, what: str) -> list[float]:
+    def ask(self, number: int, what: str) -> list[float]:
+        """Let it do one thing in round `number`."""
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{what}\n")
+        self._process.stdin.write(f"{number} {what}\n")
         self._process.stdin.flush()
         return [float(word) for word in self._read().split()]
 
@@ -214,7 +227,7 @@ def _print_times(workers: dict[str, Worker], rounds: int) -> None:
     for number in range(rounds + 1):
         for case in CASES:
             for name, worker in workers.items():
-                answer = worker.ask(case)
+                answer = worker.ask(number, case)
                 if answer and number:  # the first round touches memory and files for the first time
                     found.setdefault((case, name), []).append((answer[0], answer[1]))
     print("| case | this library | bound | Accelerate 1.15 | compared with |")
@@ -234,7 +247,7 @@ def _ratio(times: list[tuple[float, float]]) -> str:
 
 
 def _print_memory(workers: dict[str, Worker]) -> None:
-    grown = {name: worker.ask("memory") for name, worker in workers.items()}
+    grown = {name: worker.ask(0, "memory") for name, worker in workers.items()}
     print("\nMemory that a save needs beside the state, as a part of it: ", end="")
     print("; ".join(f"{name}: {', '.join(f'{part:.2f}' for part in parts)}" for name, parts in grown.items()))
     print("(blocking, then in the background)")

@@ -771,6 +771,7 @@ class Accelerator:
         safe_serialization: bool = True,
         *,
         blocking: Literal[True] = True,
+        allow_pickle: bool = False,
         **save_model_func_kwargs: Any,
     ) -> Path | str: ...
 
@@ -781,6 +782,7 @@ class Accelerator:
         safe_serialization: bool = True,
         *,
         blocking: bool,
+        allow_pickle: bool = False,
         **save_model_func_kwargs: Any,
     ) -> Path | str | SaveHandle: ...
 
@@ -790,6 +792,7 @@ class Accelerator:
         safe_serialization: bool = True,
         *,
         blocking: bool = True,
+        allow_pickle: bool = False,
         **save_model_func_kwargs: Any,
     ) -> Path | str | SaveHandle:
         """Save everything the run needs to continue. Called on all ranks; collective.
@@ -800,6 +803,8 @@ class Accelerator:
             blocking: `False` returns as soon as everything is copied to memory, and writes while training goes on.
                 One such save runs at a time: the next one, `load_state`, `end_training` and the end of the script
                 wait for it. The memory for the copies is kept for the next save.
+            allow_pickle: Keep a state that JSON and tensors cannot express, such as one with objects of your own, as a
+                pickle. `load_state` needs the same argument then. Saves on signals do without.
             **save_model_func_kwargs: None is known to the formats of this version.
 
         Returns:
@@ -828,6 +833,7 @@ class Accelerator:
             pre_hooks=list(session.save_hooks.values()),
             safe_serialization=safe_serialization,
             blocking=blocking,
+            allow_pickle=allow_pickle,
         )
         return handle.folder if blocking else handle
 
@@ -836,6 +842,8 @@ class Accelerator:
         input_dir: str | Path | None = None,
         load_kwargs: dict[str, Any] | None = None,
         verify: Literal["full", "size", "off"] = "full",
+        *,
+        allow_pickle: bool = False,
         **load_model_func_kwargs: Any,
     ) -> None:
         """Load what `save_state` wrote into the prepared objects. Called on all ranks; collective.
@@ -845,6 +853,8 @@ class Accelerator:
             load_kwargs: Keywords for `load_state_dict` of models, as are `load_model_func_kwargs`.
             verify: What is compared with the manifest first: the content of all files (`"full"`), their sizes
                 (`"size"`), or nothing (`"off"`). Without a folder, damaged checkpoints are passed over with a warning.
+            allow_pickle: Also read states that were saved with this argument. They may run any code: only if you trust
+                whoever wrote the checkpoint. Without it they are refused before anything is loaded.
             **load_model_func_kwargs: Such as `strict=False`, which also lets other missing parts pass with a warning.
 
         Raises:
@@ -864,6 +874,7 @@ class Accelerator:
             strict=keywords.get("strict", True),
             verify=verify,
             load_model_kwargs=keywords,
+            allow_pickle=allow_pickle,
         )
         session.windows.load_state_dict(loaded.windows, loaded.step)
         session.loaded_from = loaded.folder

@@ -34,6 +34,8 @@ ADDED = {
     "accelerate.scheduler.AcceleratedScheduler.units": "scheduler_units of Accelerator",
     "accelerate.scheduler.AcceleratedScheduler.one_pass": "to tell a schedule that was made for other steps",
     "accelerate.accelerator.Accelerator.save_state.blocking": "a checkpoint is written while training goes on",
+    "accelerate.accelerator.Accelerator.save_state.allow_pickle": "what JSON and tensors cannot express, if asked for",
+    "accelerate.accelerator.Accelerator.load_state.allow_pickle": "to read that again runs code, so it is asked for too",
     "accelerate.accelerator.Accelerator.load_state.verify": "a checkpoint is compared with its manifest before it is read",
     "accelerate.accelerator.Accelerator.gather_for_metrics.pad_index": "results of different widths are padded inside",
     "accelerate.accelerator.Accelerator.gather_for_metrics.dataloader": "says which of several loops results are from",

@@ -266,24 +266,30 @@ def test_all_ranks_refuse_with_one_error_and_fall_back_together(tmp_path: Path) 
     assert first[2] == "old"
 
 
-def _ranks_of_another_save(folder: Path) -> str:
+def _ranks_of_another_save(folder: Path) -> list[str]:
     runtime = start(ProcessSettings(cpu=True))
     run = Run(runtime=runtime)
-    old, new = run.save(folder / "old"), run.save(folder / "new")
-    if runtime.process.rank == 0:
-        shutil.copy(old / "random_states_1.json", new / "random_states_1.json")
-        shutil.copy(old / "random_states_1.safetensors", new / "random_states_1.safetensors")
-        shutil.copy(old / "random_states_1.json", new / "random_states_2.json")
-    runtime.collectives.barrier()
-    with pytest.raises(CheckpointError) as caught:
-        run.load(new)
-    return str(caught.value)
+    old = run.save(folder / "old")
+    torch.rand(1)  # or the files of both saves were the same
+    new = run.save(folder / "new")
+    texts = []
+    for source, target in (("random_states_1", "random_states_1"), ("random_states_1", "random_states_2")):
+        runtime.collectives.barrier()
+        if runtime.process.rank == 0:
+            for suffix in ("json", "safetensors"):
+                shutil.copy(old / f"{source}.{suffix}", new / f"{target}.{suffix}")
+        runtime.collectives.barrier()
+        with pytest.raises(CheckpointError) as caught:
+            run.load(new)
+        texts.append(str(caught.value))
+    return texts
 
 
 def test_the_file_of_a_rank_that_is_of_another_save_is_named(tmp_path: Path) -> None:
     texts = run_on_ranks(_ranks_of_another_save, 2, tmp_path)
     assert texts[0] == texts[1]
-    assert "random_states_2.json does not belong to this save" in texts[0]
+    assert "random_states_1.safetensors has other content than was written" in texts[0][0]
+    assert "random_states_2.json does not belong to this save" in texts[0][1]
 
 
 def _damaged_on_one_node(folder: Path) -> Any:
@@ -306,6 +312,24 @@ def _damaged_on_one_node(folder: Path) -> Any:
 
 def test_nodes_take_the_newest_that_is_good_on_all_of_them(tmp_path: Path) -> None:
     assert run_on_ranks(_damaged_on_one_node, 2, tmp_path) == [("checkpoint_0", 0)] * 2
+
+
+def test_a_manifest_that_is_a_folder_keeps_no_file_open(training: Training) -> None:
+    (training.last / MANIFEST).unlink()
+    (training.last / MANIFEST).mkdir()
+    before = len(os.listdir("/dev/fd"))
+    for _ in range(20):
+        with pytest.raises(CheckpointError, match=MANIFEST):
+            manifest.read(training.last)
+    assert len(os.listdir("/dev/fd")) <= before
+
+
+@pytest.mark.parametrize("kept", ["optimizer", "scheduler", "scaler", "custom_checkpoint_0", "accumulation_rank0"])
+def test_one_state_is_enough_to_tell_that_the_manifest_is_lost(training: Training, kept: str) -> None:
+    for name in training.names:
+        if name.endswith(".json") and name != f"{kept}.json":
+            (training.last / name).unlink()
+    assert "was not copied whole" in training.refusal()
 
 
 # Hostile manifests ----------------------------------------------------------------------------------------------------

@@ -138,6 +138,13 @@ DIFFERENCES = [
         "tests/unit/test_accelerator.py::test_arguments_that_cannot_be_meant",
     ),
     Difference(
+        "limit_below_one",
+        "ProjectConfiguration(total_limit=0) is accepted",
+        "is a ValueError at once; so is what is no whole number",
+        "it asks for no checkpoint to be kept",
+        "tests/unit/settings/test_arguments.py::test_a_limit_that_keeps_no_checkpoint_is_refused",
+    ),
+    Difference(
         "process_index_is_needed",
         "on_process(function) without process_index= runs the function nowhere, and with one process all the same",
         "is a ValueError",

@@ -208,7 +208,7 @@ def _misfit_on_one_rank(folder: Path) -> Any:
         (folder / "custom_checkpoint_0.json").write_text("{")
     runtime.collectives.barrier()
     if runtime.process.rank == 0:  # as if it had a disk of its own
-        train_state.read_state = lambda *_: {"value": 1}
+        train_state.read_state = lambda *_, **__: {"value": 1}
     box = Box(None)
     fresh = torch.nn.Linear(2, 2)
     before = fresh.weight.clone()

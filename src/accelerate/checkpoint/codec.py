@@ -26,6 +26,10 @@ from ..core.errors import CheckpointError, explain
 TAG = "$type"
 
 
+class Inexpressible(CheckpointError):
+    """A state holds something that JSON and tensors cannot express."""
+
+
 class Node(msgspec.Struct, tag_field=TAG, forbid_unknown_fields=True, omit_defaults=True):
     """Base of everything that is spelled as an object with a `$type`."""
 
@@ -146,7 +150,7 @@ def encode(state: Any, name: str = "state") -> tuple[Any, dict[str, torch.Tensor
         name: What to call it in an error.
 
     Raises:
-        CheckpointError: If a value cannot be written exactly; the message has its place.
+        Inexpressible: (a `CheckpointError`) if a value cannot be written exactly; the message has its place.
     """
     encoder = _Encoder(name)
     return encoder.encode(state, ()), encoder.tensors
@@ -270,7 +274,7 @@ class _Encoder:
             name += "'"
         return name
 
-    def _refusal(self, value: Any, path: tuple[Any, ...], problem: str = "") -> CheckpointError:
+    def _refusal(self, value: Any, path: tuple[Any, ...], problem: str = "") -> Inexpressible:
         place = " -> ".join([self.name, *(repr(part) for part in path)])
         kind = type(value).__name__
         remedy = "Save numbers, text, tensors, arrays, or lists and dictionaries of them."
@@ -281,7 +285,7 @@ class _Encoder:
         elif isinstance(value, (torch.Generator, np.random.Generator)):
             remedy = _REMEDIES["generator"]
         problem = problem or f"is a {kind}, which a checkpoint cannot hold without running code when it is read"
-        return CheckpointError(explain(f"{place} {problem}.", remedy=remedy))
+        return Inexpressible(explain(f"{place} {problem}.", remedy=remedy))
 
 
 class _Decoder:

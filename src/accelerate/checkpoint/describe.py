@@ -244,6 +244,8 @@ def _inside(path: Path) -> dict[str, TensorInfo] | str:
             return read_header(path).tensors
         if path.name == dcp.METADATA_NAME:
             return {entry.key: entry.info for entry in dcp.read_folder(path.parent).tensors}
+        if path.suffix == ".pkl" and (path.parent / layout.MANIFEST_NAME).is_file():
+            return {}  # of ours: it holds what can only be read by running it
         if path.suffix in (".bin", ".pt", ".pkl") and layout.is_checkpoint_file(path.name) and zipfile.is_zipfile(path):
             found = enumerate(tree_leaves(read_pickle(path, mapped=True)))
             return {str(place): info_of(value) for place, value in found if isinstance(value, torch.Tensor)}

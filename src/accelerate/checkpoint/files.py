@@ -42,7 +42,7 @@ class File(ABC):
 
 @dataclass(frozen=True)
 class TextFile(File):
-    """A small file whose bytes are there already."""
+    """A file whose bytes are there already."""
 
     name: str
     content: bytes

@@ -48,20 +48,27 @@ def load_model(model: torch.nn.Module, folder: Path, index: int, **kwargs: Any) 
         ) from None
 
 
-def plan_optimizer(optimizer: Any, index: int, names: Mapping[int, str]) -> list[File]:
+def plan_optimizer(optimizer: Any, index: int, names: Mapping[int, str], *, allow_pickle: bool = False) -> list[File]:
     """Return the files of the state of optimizer `index`. Called on the ranks that write to a disk for the others.
 
     Args:
         optimizer: Anything with `state_dict()`.
         index: Which of the saved optimizers.
         names: Of parameters, by `id()`; states are kept under them.
+        allow_pickle: As for `train_state.plan_state`.
     """
     state = naming.to_names(optimizer.state_dict(), naming.keys_of(optimizer, names))
-    return plan_state(layout.numbered(layout.OPTIMIZER_NAME, index), state)
+    return plan_state(layout.numbered(layout.OPTIMIZER_NAME, index), state, allow_pickle=allow_pickle)
 
 
 def read_optimizer(
-    optimizer: Any, folder: Path, index: int, names: Mapping[int, str], *, groups_may_move: bool = True
+    optimizer: Any,
+    folder: Path,
+    index: int,
+    names: Mapping[int, str],
+    *,
+    groups_may_move: bool = True,
+    allow_pickle: bool = False,
 ) -> Any:
     """Read what `optimizer.load_state_dict` takes as the state of optimizer `index`. Called on all ranks.
 
@@ -71,10 +78,12 @@ def read_optimizer(
         index: Which of the saved optimizers.
         names: Of parameters, by `id()`.
         groups_may_move: As for `naming.to_numbers`.
+        allow_pickle: As for `train_state.read_state`.
 
     Raises:
         CheckpointError: If the optimizer has other parameters than were saved.
     """
     stem = layout.numbered(layout.OPTIMIZER_NAME, index)
+    state = read_state(folder, stem, allow_pickle=allow_pickle)
     keys = naming.keys_of(optimizer, names)
-    return naming.to_numbers(read_state(folder, stem), keys, str(folder / stem), groups_may_move=groups_may_move)
+    return naming.to_numbers(state, keys, str(folder / stem), groups_may_move=groups_may_move)

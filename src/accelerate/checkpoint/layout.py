@@ -18,6 +18,7 @@ A checkpoint folder:
     random_states_0.json                       random generators, one per rank
     accumulation_rank0.json                    windows of accumulation and their gradients, one per rank; only if open
     custom_checkpoint_0.json                   registered objects, in order of registration
+    custom_checkpoint_0.pkl                    one state that JSON and tensors cannot express; only with allow_pickle=True
     accelerate_manifest.json                   written last: sizes and hashes of all of the above
 """
 
@@ -68,9 +69,9 @@ _CHECKPOINT = re.compile(r"checkpoint_(0|[1-9][0-9]*)")
 _NUMBER = r"(_[1-9][0-9]*)?"
 _SHARD = r"(-[0-9]{5}-of-[0-9]{5})?"
 _WEIGHTS = re.compile(rf"(model|pytorch_model)(?P<number>{_NUMBER}){_SHARD}\.(safetensors|bin)(\.index\.json)?")
-_OPTIMIZER = re.compile(rf"{OPTIMIZER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
-_SCHEDULER = re.compile(rf"{SCHEDULER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
-_SAMPLER = re.compile(rf"{SAMPLER_NAME}(?P<number>{_NUMBER})\.(json|bin)")
+_OPTIMIZER = re.compile(rf"{OPTIMIZER_NAME}(?P<number>{_NUMBER})\.(json|bin|pkl)")
+_SCHEDULER = re.compile(rf"{SCHEDULER_NAME}(?P<number>{_NUMBER})\.(json|bin|pkl)")
+_SAMPLER = re.compile(rf"{SAMPLER_NAME}(?P<number>{_NUMBER})\.(json|bin|pkl)")
 _STATE = re.compile(
     rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?"
     r"|accumulation_rank[0-9]+|scaler|random_states_[0-9]+|custom_checkpoint_[0-9]+)\.(json|safetensors|bin|pkl|pt)"
@@ -154,6 +155,11 @@ def custom_stem(index: int) -> str:
 def state_files(stem: str) -> tuple[str, str]:
     """Return the two files of one state: its structure, and its tensors."""
     return f"{stem}.json", f"{stem}.safetensors"
+
+
+def pickle_file(stem: str) -> str:
+    """Return the file of one state that its two files cannot express. Accelerate 1.x gives some of its files such names."""
+    return f"{stem}.pkl"
 
 
 def custom_indices(names: Iterable[str]) -> set[int]:

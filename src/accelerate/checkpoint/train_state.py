@@ -7,6 +7,7 @@ a loader and of the random generators.
 from __future__ import annotations
 
 import hashlib
+import io
 import random
 import warnings
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch
 from ..core.errors import CheckpointError, explain
 from ..hardware import Hardware
 from . import documents, layout, legacy
-from .codec import decode, encode
+from .codec import Inexpressible, decode, encode
 from .files import File, TensorFile, TextFile
+from .trust import read_trusted, write_pickle
 from .weights import check_count, own_copies, read_tensors
 
 FORMAT = 1
@@ -34,13 +36,25 @@ class _Document(msgspec.Struct, forbid_unknown_fields=True):
     state: Any
 
 
-def plan_state(stem: str, state: Any) -> list[File]:
+def plan_state(stem: str, state: Any, *, allow_pickle: bool = False) -> list[File]:
     """Return the files of one state: `<stem>.json` and, if it holds tensors, `<stem>.safetensors` before it.
+
+    Args:
+        stem: Under which name it is kept.
+        state: Any nesting of what `codec` knows.
+        allow_pickle: Keep a state that holds anything else as `<stem>.pkl`.
 
     Raises:
         CheckpointError: If the state holds something that cannot be written; the message has its place.
     """
-    tree, tensors = encode(state, stem)
+    try:
+        tree, tensors = encode(state, stem)
+    except Inexpressible as error:
+        if allow_pickle:
+            return [_plan_pickle(stem, state)]
+        raise Inexpressible(
+            f"{error} Or pass allow_pickle=True to save_state and load_state; who loads such a checkpoint runs its code."
+        ) from None
     structure, numbers = layout.state_files(stem)
     document = msgspec.json.encode(_Document(FORMAT, len(tensors), tree))
     documents.check_size(document, stem, "Keep long lists of numbers as a tensor or an array.")
@@ -49,13 +63,58 @@ def plan_state(stem: str, state: Any) -> list[File]:
     return [TensorFile(numbers, tensors), text] if tensors else [text]
 
 
+def _plan_pickle(stem: str, state: Any) -> TextFile:
+    """Pickle at once, so that what cannot be raises at the call, and what changes later is not in the file."""
+    content = io.BytesIO()
+    try:
+        write_pickle(state, content)
+    except Exception as error:
+        raise CheckpointError(
+            explain(f"{stem} cannot be pickled either: {type(error).__name__}: {error}", remedy="Leave it out.")
+        ) from error
+    return TextFile(layout.pickle_file(stem), content.getvalue())
+
+
 def has_state(folder: Path, stem: str) -> bool:
     """Tell whether `folder` holds a state under `stem`, ours or one of Accelerate 1.x."""
-    return (folder / layout.state_files(stem)[0]).is_file() or legacy.peer_file(folder, stem).is_file()
+    return has_own_state(folder, stem) or legacy.peer_file(folder, stem).is_file()
 
 
-def read_state(folder: Path, stem: str) -> Any:
+def has_own_state(folder: Path, stem: str) -> bool:
+    """Tell whether `folder` holds a state under `stem` that this library has written."""
+    return (folder / layout.state_files(stem)[0]).is_file() or _own_pickle(folder, stem) is not None
+
+
+def _own_pickle(folder: Path, stem: str) -> Path | None:
+    """Return the pickle that this library has written for a state; not what Accelerate 1.x calls the same."""
+    file = folder / layout.pickle_file(stem)
+    is_own = file != legacy.peer_file(folder, stem) or (folder / layout.MANIFEST_NAME).is_file()
+    return file if is_own and file.is_file() and not (folder / layout.state_files(stem)[0]).is_file() else None
+
+
+def check_pickle(folder: Path, stem: str, allow_pickle: bool) -> None:
+    """Refuse a state whose reading runs code, unless that is wanted.
+
+    Raises:
+        CheckpointError: Naming the file and the argument.
+    """
+    file = _own_pickle(folder, stem)
+    if file is not None and not allow_pickle:
+        raise CheckpointError(
+            explain(
+                f"{file} is a pickle, saved with allow_pickle=True: to read it runs code from it.",
+                remedy="Only if you trust whoever wrote the checkpoint, pass allow_pickle=True to load_state.",
+            )
+        )
+
+
+def read_state(folder: Path, stem: str, *, allow_pickle: bool = False) -> Any:
     """Read one state. Tensors come out on the CPU.
+
+    Args:
+        folder: The checkpoint.
+        stem: Under which name it is kept.
+        allow_pickle: Read `<stem>.pkl` too, where there is nothing else, which may run any code.
 
     Raises:
         MissingFile: If there is none.
@@ -63,6 +122,10 @@ def read_state(folder: Path, stem: str) -> Any:
     """
     structure, numbers = (folder / name for name in layout.state_files(stem))
     if not structure.is_file():
+        check_pickle(folder, stem, allow_pickle)
+        pickled = folder / layout.pickle_file(stem)
+        if allow_pickle and pickled.is_file():
+            return read_trusted(pickled)
         if legacy.peer_file(folder, stem).is_file():
             return legacy.read_state(folder, stem)
         raise layout.MissingFile(

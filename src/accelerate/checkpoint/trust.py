@@ -2,7 +2,8 @@
 
 Owns every call of `torch.save` and `torch.load`, and an unpickler of plain records for files that torch itself reads
 with `pickle.load`. Reading runs no code from the file: tensors, containers and numpy arrays are rebuilt, anything else
-is refused by name. Only a caller who passes `weights_only=False` himself gets more; nothing falls back to it.
+is refused by name. Only a caller who passes `weights_only=False` or `allow_pickle=True` himself gets more; nothing falls
+back to it.
 """
 
 from __future__ import annotations
@@ -176,6 +177,21 @@ def load_tensor(stream: IO[bytes], name: str) -> torch.Tensor:
     if not isinstance(found, torch.Tensor):
         raise CheckpointError(explain(f"{name} is a {type(found).__name__}, no tensor.", remedy=_DISTRUST))
     return found.detach()
+
+
+def read_trusted(file: Path) -> Any:
+    """Read a file of `write_pickle` whose author the caller trusts: it may run any code. Tensors come out on the CPU.
+
+    Raises:
+        CheckpointError: If it cannot be read.
+    """
+    try:
+        return load(file, "cpu", weights_only=False)
+    except Exception as error:
+        text = f"{type(error).__name__}: {error}"[:500]
+        raise CheckpointError(
+            explain(f"{file} cannot be read: {text}", remedy="Define its classes where they were at the save.")
+        ) from error
 
 
 def write_pickle(obj: Any, file: str | Path | IO[bytes]) -> None:

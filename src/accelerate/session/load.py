@@ -61,10 +61,11 @@ def load_state(
     strict: bool = True,
     verify: manifest.Verify = "full",
     load_model_kwargs: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
 ) -> Loaded:
     """Put a run into the state that a checkpoint holds. Called on all ranks; collective.
 
-    Every rank reads. Runs no code from the folder. Files of Accelerate 1.x are read too.
+    Every rank reads. Runs no code from the folder, unless `allow_pickle`. Files of Accelerate 1.x are read too.
 
     Args:
         contents: What to load it into, in the order of the save.
@@ -81,6 +82,8 @@ def load_state(
         verify: How closely the folder is compared with its manifest first, on one rank for each disk: `"full"` reads
             all files and compares hashes, `"size"` looks for files and at their sizes, `"off"` takes what is there.
         load_model_kwargs: For `model.load_state_dict`, such as `{"strict": False}`.
+        allow_pickle: Read states that were saved as pickles, after the comparison with the manifest. Such a file may
+            run any code. Otherwise they are refused before anything is loaded.
 
     Raises:
         SettingError: (a `ValueError`) if there is no such folder, or none was given and naming is not automatic, or
@@ -102,7 +105,9 @@ def load_state(
         saved_ranks = choice.manifest.world_size if choice.manifest else None
         with _fitting(source, layout.windows_stem(runtime.process.rank)):
             windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
-        parts = _read_shared(source, contents)
+        parts = _read_shared(source, contents, allow_pickle)
+        for stem in _stems_of_loaders(trained_on, runtime.process.rank):
+            train_state.check_pickle(source, stem, allow_pickle)
     with commit.together(runtime.collectives, f"The checkpoint {source} was not loaded", source):
         remaining = list(contents.models)
         for hook in pre_hooks:
@@ -112,9 +117,9 @@ def load_state(
         for index, model in enumerate(remaining):
             full.load_model(model, source, index, **(load_model_kwargs or {}))
         _load_shared(source, parts)
-        _load_places(source, trained_on, strict)
+        _load_places(source, trained_on, strict, allow_pickle)
         if saved_ranks in (None, runtime.process.world_size):
-            _load_own_reading(source, trained_on, runtime.process.rank)
+            _load_own_reading(source, trained_on, runtime.process.rank, allow_pickle)
         # Last, because what came before may have drawn random numbers.
         rest = train_state.load_random_state(source, runtime.process.rank, saved_ranks, runtime.hardware, strict)
         if leads_on_disk(runtime, project):
@@ -201,7 +206,9 @@ def _same_choice(own: _Choice | None, found: Sequence[_Choice]) -> _Choice:
 
 
 def _lost_manifest(source: Path) -> bool:
-    return any(source.glob(f"{layout.RNG_STATE_NAME}_*.json"))
+    """Tell whether files lie there that only this library writes, and never without a manifest."""
+    names = [path.name for path in source.iterdir() if path.suffix == ".json"]
+    return any(layout.is_checkpoint_file(name) and not layout.is_weights(name) for name in names)
 
 
 def _given(source: Path) -> Path:
@@ -324,7 +331,7 @@ class _Part:
     state: Any
 
 
-def _read_shared(source: Path, contents: Contents) -> list[_Part]:
+def _read_shared(source: Path, contents: Contents, allow_pickle: bool) -> list[_Part]:
     """Read what all ranks load alike, weights apart, in the order of loading. Changes nothing."""
     names = naming.parameter_names(contents.models)
     groups_may_move = not (contents.schedulers or contents.custom_objects)
@@ -332,13 +339,17 @@ def _read_shared(source: Path, contents: Contents) -> list[_Part]:
     for index, optimizer in enumerate(contents.optimizers):
         stem = layout.numbered(layout.OPTIMIZER_NAME, index)
         with _fitting(source, stem):
-            state = full.read_optimizer(optimizer, source, index, names, groups_may_move=groups_may_move)
+            options = {"groups_may_move": groups_may_move, "allow_pickle": allow_pickle}
+            state = full.read_optimizer(optimizer, source, index, names, **options)
         parts.append(_Part(stem, optimizer.load_state_dict, state))
     others = [(layout.numbered(layout.SCHEDULER_NAME, index), item) for index, item in enumerate(contents.schedulers)]
     if contents.scaler is not None:
         others.append((layout.SCALER_STEM, contents.scaler))
     others += [(layout.custom_stem(index), item) for index, item in enumerate(contents.custom_objects)]
-    return parts + [_Part(stem, item.load_state_dict, train_state.read_state(source, stem)) for stem, item in others]
+    for stem, item in others:
+        state = train_state.read_state(source, stem, allow_pickle=allow_pickle)
+        parts.append(_Part(stem, item.load_state_dict, state))
+    return parts
 
 
 def _load_shared(source: Path, parts: list[_Part]) -> None:
@@ -352,26 +363,32 @@ def _load_shared(source: Path, parts: list[_Part]) -> None:
             part.take(part.state)
 
 
-def _load_places(source: Path, dataloaders: Sequence[Any], strict: bool) -> None:
+def _stems_of_loaders(dataloaders: Sequence[Any], rank: int) -> Iterator[str]:
+    for index in range(len(dataloaders)):
+        yield layout.numbered(layout.SAMPLER_NAME, index)
+        yield layout.loader_stem(index, rank)
+
+
+def _load_places(source: Path, dataloaders: Sequence[Any], strict: bool, allow_pickle: bool) -> None:
     """Let loaders continue where they were; one that cannot is an error, or begins anew and is named."""
     for index, loader in enumerate(dataloaders):
         stem = layout.numbered(layout.SAMPLER_NAME, index)
-        if not (source / layout.state_files(stem)[0]).is_file():
+        if not train_state.has_own_state(source, stem):
             warnings.warn(f"{source} does not say where loader {index} was; it starts anew.", stacklevel=3)
         elif hasattr(loader, "load_position_state"):  # clients may list loaders that were never prepared
             try:
                 with _fitting(source, stem):
-                    loader.load_position_state(train_state.read_state(source, stem))
+                    loader.load_position_state(train_state.read_state(source, stem, allow_pickle=allow_pickle))
             except CheckpointError as error:
                 if strict:
                     raise
                 warnings.warn(f"Loader {index} starts anew: {error}", stacklevel=3)
 
 
-def _load_own_reading(source: Path, dataloaders: Sequence[Any], rank: int) -> None:
+def _load_own_reading(source: Path, dataloaders: Sequence[Any], rank: int, allow_pickle: bool) -> None:
     """Load what torchdata's loaders keep of each rank's reading; without it the place is found by reading on."""
     for index, loader in enumerate(dataloaders):
         stem = layout.loader_stem(index, rank)
         if getattr(loader, "use_stateful_dataloader", False) and train_state.has_state(source, stem):
             with _fitting(source, stem):
-                loader.load_own_state(train_state.read_state(source, stem))
+                loader.load_own_state(train_state.read_state(source, stem, allow_pickle=allow_pickle))

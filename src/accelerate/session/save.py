@@ -10,6 +10,7 @@ import logging
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def save_state(
     pre_hooks: Sequence[SaveHook] = (),
     safe_serialization: bool = True,
     blocking: bool = True,
+    allow_pickle: bool = False,
 ) -> SaveHandle:
     """Save a run, so that `load_state` can continue it. Called on all ranks; collective.
 
@@ -99,6 +101,7 @@ def save_state(
             a hook takes out of the list are not written.
         safe_serialization: Write weights as safetensors; otherwise as `torch.save` files, which are pickles.
         blocking: Return when the checkpoint is complete; otherwise when everything is copied, and write on.
+        allow_pickle: Keep a state that JSON and tensors cannot express as a pickle; `load_state` needs the same then.
 
     Returns:
         The save, which is done if `blocking`.
@@ -112,11 +115,8 @@ def save_state(
     saving.background.wait()
     target = _choose_folder(folder, project)
     collectives, leads = runtime.collectives, leads_on_disk(runtime, project)
-    automatic, world_size, iteration = (
-        project.automatic_checkpoint_naming,
-        runtime.process.world_size,
-        project.iteration,
-    )
+    automatic, iteration = project.automatic_checkpoint_naming, project.iteration
+    world_size = runtime.process.world_size
     save_id = collectives.broadcast_object(uuid.uuid4().hex)
     staging = commit.Staging(target, collectives, leads=leads, fresh=automatic, stale=manifest.stale_files)
 
@@ -124,8 +124,8 @@ def save_state(
         weights = [get_model_state(model) for model in contents.models]
         for hook in pre_hooks:
             hook(list(contents.models), weights, str(staging.folder))
-        files = _plan_shared(contents, weights, safe_serialization) if leads else []
-        files += _plan_own(contents, windows, runtime)
+        files = _plan_shared(contents, weights, safe_serialization, allow_pickle) if leads else []
+        files += _plan_own(contents, windows, runtime, allow_pickle)
         return files if blocking else saving.memory.snapshot(files)
 
     def finish(staged: Path, written: Mapping[str, manifest.FileEntry]) -> None:
@@ -186,33 +186,34 @@ def _choose_folder(folder: str | Path | None, project: ProjectConfiguration) -> 
 
 
 def _plan_shared(
-    contents: Contents, weights: Sequence[Mapping[str, torch.Tensor]], safe_serialization: bool
+    contents: Contents, weights: Sequence[Mapping[str, torch.Tensor]], safe_serialization: bool, allow_pickle: bool
 ) -> list[File]:
+    plan = partial(train_state.plan_state, allow_pickle=allow_pickle)
     files: list[File] = []
     for index, state in enumerate(weights):
         files += full.plan_model(state, index, safe_serialization)
     names = naming.parameter_names(contents.models)
     for index, optimizer in enumerate(contents.optimizers):
-        files += full.plan_optimizer(optimizer, index, names)
+        files += full.plan_optimizer(optimizer, index, names, allow_pickle=allow_pickle)
     for index, scheduler in enumerate(contents.schedulers):
-        files += train_state.plan_state(layout.numbered(layout.SCHEDULER_NAME, index), scheduler.state_dict())
+        files += plan(layout.numbered(layout.SCHEDULER_NAME, index), scheduler.state_dict())
     for index, loader in enumerate(contents.dataloaders):
         if hasattr(loader, "position_state"):  # clients may list loaders that were never prepared
-            files += train_state.plan_state(layout.numbered(layout.SAMPLER_NAME, index), loader.position_state())
+            files += plan(layout.numbered(layout.SAMPLER_NAME, index), loader.position_state())
     if contents.scaler is not None:
-        files += train_state.plan_state(layout.SCALER_STEM, contents.scaler.state_dict())
+        files += plan(layout.SCALER_STEM, contents.scaler.state_dict())
     for index, custom in enumerate(contents.custom_objects):
-        files += train_state.plan_state(layout.custom_stem(index), custom.state_dict())
+        files += plan(layout.custom_stem(index), custom.state_dict())
     return files
 
 
-def _plan_own(contents: Contents, windows: Any, runtime: Runtime) -> list[File]:
+def _plan_own(contents: Contents, windows: Any, runtime: Runtime, allow_pickle: bool) -> list[File]:
     rank = runtime.process.rank
     files: list[File] = []
     for index, loader in enumerate(contents.dataloaders):
         own = loader.own_state() if hasattr(loader, "own_state") else None
         if own is not None:
-            files += train_state.plan_state(layout.loader_stem(index, rank), own)
+            files += train_state.plan_state(layout.loader_stem(index, rank), own, allow_pickle=allow_pickle)
     files += train_state.plan_state(layout.rng_stem(rank), train_state.random_state(runtime.hardware))
     return files + gradients.plan_windows(rank, windows)
 

@@ -194,6 +194,17 @@ def test_two_folders():
     assert "Set it in ProjectConfiguration only." in text
 
 
+@pytest.mark.parametrize("limit", [0, -3, "2", 2.0, True])
+def test_a_limit_that_keeps_no_checkpoint_is_refused(limit):
+    with pytest.raises(SettingError, match=r"ProjectConfiguration\(total_limit=[^*]*an integer >= 1, or None"):
+        ProjectConfiguration(total_limit=limit)
+
+
+@pytest.mark.parametrize("limit", [None, 1, 100])
+def test_a_limit_for_checkpoints(limit):
+    assert ProjectConfiguration(total_limit=limit).total_limit == limit
+
+
 # Compilation ----------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...core.errors import SettingError, explain
+
 
 @dataclass
 class ProjectConfiguration:
@@ -19,7 +21,7 @@ class ProjectConfiguration:
     """Let `save_state` name its folders `checkpoints/checkpoint_0`, `checkpoint_1`, ... under `project_dir`."""
 
     total_limit: int | None = None
-    """How many of those to keep; the oldest go once the newest is safely on disk."""
+    """How many of those to keep, at least 1; the oldest go once the newest is safely on disk. `None` keeps all."""
 
     iteration: int = 0
     """The number of the next checkpoint."""
@@ -33,6 +35,15 @@ class ProjectConfiguration:
     what ACCELERATE_SAVE_ON_SIGNALS says, which `accelerate launch --save_on_signals` sets."""
 
     def __post_init__(self) -> None:
+        limit = self.total_limit
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+            raise SettingError(
+                explain(
+                    f"ProjectConfiguration(total_limit={limit!r}) is not a number of checkpoints to keep.",
+                    accepted="an integer >= 1, or None",
+                    remedy="Leave it out to keep all of them.",
+                )
+            )
         self.set_directories(self.project_dir)
 
     def set_directories(self, project_dir: str | None = None) -> None:
