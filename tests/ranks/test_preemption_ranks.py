@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.collectives.crossing import Crossing
 from accelerate.core.errors import CheckpointError
-from accelerate.core.leaving import Preempted
+from accelerate.core.leaving import NOTE_VARIABLE, Preempted
 from accelerate.utils import ProjectConfiguration
 from tests.fault.preempted import train
 from tests.support.ranks import run_on_ranks
@@ -286,3 +286,16 @@ def test_a_save_that_fails_is_told_on_all_ranks_and_further_signals_have_their_u
         assert "no space left" in text
         assert restored
     assert not list((tmp_path / "checkpoints").glob("checkpoint_*"))
+
+
+def begin_anew(folder: str) -> bool:
+    """Begin as after a restart: the launcher finds what an earlier attempt has noted, if nobody removes it."""
+    note = Path(folder) / os.environ["RANK"]
+    note.write_text("rank 0 received SIGTERM: the run saved itself")
+    os.environ[NOTE_VARIABLE] = str(note)
+    start(folder)
+    return note.exists()
+
+
+def test_the_note_of_an_attempt_that_was_restarted_is_removed_once_on_each_node(tmp_path):
+    assert run_on_ranks(begin_anew, 2, str(tmp_path)) == [False, True]
