@@ -19,7 +19,8 @@ from torch.utils.data import DataLoader
 
 from accelerate import Accelerator, DataLoaderConfiguration, InitProcessGroupKwargs
 from accelerate.collectives.crossing import Crossing
-from accelerate.core.leaving import Preempted
+from accelerate.core.errors import CheckpointError
+from accelerate.core.leaving import NOTE_VARIABLE, Preempted
 from accelerate.utils import ProjectConfiguration
 from tests.fault.preempted import train
 from tests.support.ranks import run_on_ranks
@@ -130,7 +131,9 @@ def test_without_a_signal_the_ranks_exchange_nothing(tmp_path, folders):
 # Ranks that do not do the same -----------------------------------------------------------------------------------
 
 
-def start(folder: str, *, even_batches: bool = True, seconds: float | None = None) -> tuple[Accelerator, Any, Any]:
+def start(
+    folder: str, *, even_batches: bool = True, seconds: float | None = None, trains: bool = True
+) -> tuple[Accelerator, Any, Any]:
     limit = [] if seconds is None else [InitProcessGroupKwargs(timeout=timedelta(seconds=seconds))]
     accelerator = Accelerator(
         cpu=True,
@@ -139,7 +142,9 @@ def start(folder: str, *, even_batches: bool = True, seconds: float | None = Non
         kwargs_handlers=limit,
     )
     model = torch.nn.Linear(1, 1)
-    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if trains:
+        model, optimizer = accelerator.prepare(model, optimizer)
     return accelerator, model, optimizer
 
 
@@ -206,37 +211,91 @@ def test_an_evaluation_on_the_main_process_is_waited_for(tmp_path, to):
     assert first in (1, 2)  # the other rank may have begun the next step already
 
 
-def wait_elsewhere(folder: str) -> Any:
+def wait_for(file: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not file.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def wait_elsewhere(folder: str, trains: bool) -> Any:
     """Rank 1 leaves its loop and comes to no further place until rank 0 has given up."""
-    accelerator, _, optimizer = start(folder, seconds=1)
+    accelerator, _, optimizer = start(folder, seconds=1, trains=trains)
     loader = accelerator.prepare(DataLoader(torch.randn(8, 1), batch_size=1))
-    given_up = Path(folder) / "given up"
+    there, given_up = Path(folder) / "there", Path(folder) / "given up"
     told: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step, _ in enumerate(loader):
-            optimizer.step()
+            if trains:
+                optimizer.step()
             if step == 1 and accelerator.process_index == 0:
+                wait_for(there)
                 os.kill(os.getpid(), signal.SIGTERM)
             if step == 1 and accelerator.process_index == 1:
-                deadline = time.monotonic() + 30
-                while not given_up.exists() and time.monotonic() < deadline:
-                    time.sleep(0.01)
+                there.touch()
+                wait_for(given_up)
         told = [str(item.message) for item in caught if item.category is RuntimeWarning]
     if accelerator.process_index == 0:
         given_up.touch()
     return told, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_rank_that_does_not_come_is_named_and_the_run_goes_on(tmp_path):
-    results = run_on_ranks(wait_elsewhere, 2, str(tmp_path))
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_rank_that_does_not_come_is_named_once_and_the_run_goes_on(tmp_path, trains):
+    results = run_on_ranks(wait_elsewhere, 2, str(tmp_path), trains)
     (told,), restored = results[0]
     assert restored
     assert re.match(
         r"rank 0 received SIGTERM, and the ranks did not come to the same place to save the run \(rank 0 waited for 1 s\)\. "
-        r"rank 0 waits at place 2 between the batches of loop 1; rank 1 comes to place [12] between the batches of loop 1 "
+        r"rank 0 waits at place 2 between the batches of loop 1; rank 1 comes to place 2 between the batches of loop 1 "
         r"next\.",
         told,
     )
     assert not (tmp_path / "checkpoints").exists()
     assert results[1][1], "rank 1 heard of it at its next place"
+
+
+def fail_to_save(folder: str) -> Any:
+    accelerator, _, optimizer = start(folder)
+
+    def refuse(*_: Any) -> None:
+        if accelerator.process_index == 1:
+            raise OSError("no space left")
+
+    accelerator.register_save_state_pre_hook(refuse)
+    loader = accelerator.prepare(DataLoader(torch.randn(8, 1), batch_size=1))
+    told, batches = [], iter(loader)
+    for step in range(4):
+        try:
+            next(batches)
+        except CheckpointError as error:
+            told.append((step, str(error)))
+            batches = iter(loader)
+            next(batches)
+        optimizer.step()
+        if step == 1 and accelerator.process_index == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        accelerator.wait_for_everyone()
+    return told, signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_save_that_fails_is_told_on_all_ranks_and_further_signals_have_their_usual_effect(tmp_path):
+    for told, restored in run_on_ranks(fail_to_save, 2, str(tmp_path)):
+        ((step, text),) = told
+        assert step in (2, 3)
+        assert "no space left" in text
+        assert restored
+    assert not list((tmp_path / "checkpoints").glob("checkpoint_*"))
+
+
+def begin_anew(folder: str) -> bool:
+    """Begin as after a restart: the launcher finds what an earlier attempt has noted, if nobody removes it."""
+    note = Path(folder) / os.environ["RANK"]
+    note.write_text("rank 0 received SIGTERM: the run saved itself")
+    os.environ[NOTE_VARIABLE] = str(note)
+    start(folder)
+    return note.exists()
+
+
+def test_the_note_of_an_attempt_that_was_restarted_is_removed_once_on_each_node(tmp_path):
+    assert run_on_ranks(begin_anew, 2, str(tmp_path)) == [False, True]

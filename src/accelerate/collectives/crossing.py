@@ -29,6 +29,9 @@ import torch.distributed as dist
 Place = tuple[int, ...]
 """Where a rank is in its run; later places are greater."""
 
+StoreGone = dist.DistNetworkError
+"""What the methods of `Crossing` raise where the store does not answer any more, if they do not say otherwise."""
+
 LONGEST_WAIT = timedelta(days=20)
 """Torch waits by `poll`, whose milliseconds overflow after 24 days."""
 
@@ -121,7 +124,8 @@ class Crossing:
 
     def move(self, place: Place) -> None:
         """Write which place this rank comes to next."""
-        self._store.set(self._state(self._rank), Report(place, False).write())
+        with suppress(dist.DistNetworkError):  # the next place to stand at finds out
+            self._store.set(self._state(self._rank), Report(place, False).write())
 
     def close(self) -> None:
         """Say that this rank comes to no further place, and end `listen`."""

@@ -22,8 +22,9 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
-from ..collectives.crossing import Crossing, Outcome, Place, Report
+from ..collectives.crossing import Crossing, Outcome, Place, Report, StoreGone
 from ..core.errors import SettingError, explain
+from ..core.leaving import Preempted
 from ..topology import connect
 from .state import Runtime
 
@@ -78,11 +79,12 @@ class Watch:
         Costs nothing as long as none does. Then it is collective, and may wait for other ranks.
 
         Raises:
-            Preempted: (a `SystemExit`) on all ranks, when everything is saved.
+            Preempted: (a `SystemExit`) on all ranks, when everything is saved. Signals are ignored from then on.
+            CheckpointError: On all ranks, if that failed. Signals have their usual effect from then on.
         """
         stretch, step = self._place
         self._place = (stretch, step + 1)
-        if self._alarm:  # after the count: see [Note: what a place costs]
+        if self._alarm and not self.is_closed:  # after the count: see [Note: what a place costs]
             self._stop()
 
     def near_end(self) -> None:
@@ -95,7 +97,7 @@ class Watch:
 
     def _skip_to(self, stretch: int) -> None:
         self._place = (stretch, 0)
-        if self._alarm and self._crossing is not None and not self._leaving:
+        if self._alarm and self._crossing is not None and not self._leaving and not self.is_closed:
             following = (stretch, 1)
             if self._may_speak(following):
                 self._crossing.move(following)
@@ -107,19 +109,35 @@ class Watch:
             assert self._received is not None  # nobody else sets the alarm
             reason = self._reason(self._received)
         else:
-            if self._received is not None and not self._called:
-                self._called = True
-                self._crossing.call(self._reason(self._received))
-            if not self._may_speak(self._place):
+            try:
+                reason = self._meet(self._crossing)
+            except StoreGone as error:
+                self._lose(error)
                 return
-            outcome = self._crossing.stand(self._place, connect.group_timeout().total_seconds())
-            if outcome is Outcome.GIVEN_UP:
-                self._give_up(self._crossing)
-            if outcome is not Outcome.MET:
-                return
-            reason = self._crossing.reason
+        if reason is None:
+            return
         self._leaving = True
-        self._leave(reason)
+        try:
+            self._leave(reason)
+        except Preempted:
+            raise
+        except BaseException:
+            # Ranks have met, which they do once. Better that signals end the run than that nobody hears them.
+            stop()
+            raise
+
+    def _meet(self, crossing: Crossing) -> str | None:
+        """Stand at the place where this rank is; return why, if all ranks do."""
+        may_stand = self._may_speak(self._place)  # before the call, which wakes this rank's thread too
+        if self._received is not None and not self._called:
+            self._called = True
+            crossing.call(self._reason(self._received))
+        if not may_stand:
+            return None
+        outcome = crossing.stand(self._place, connect.group_timeout().total_seconds())
+        if outcome is Outcome.GIVEN_UP:
+            self._give_up(crossing)
+        return crossing.reason if outcome is Outcome.MET else None
 
     def _may_speak(self, place: Place) -> bool:
         """Take over from the thread; return whether it has not promised a later place than `place`."""
@@ -148,6 +166,15 @@ class Watch:
                 f"{told}. It goes on, and further signals have their usual effect.",
                 remedy="Let all ranks run the same loops over prepared loaders, and call check_preemption() on all of them.",
             ),
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        stop()
+
+    def _lose(self, error: Exception) -> None:
+        warnings.warn(
+            f"Rank {self._rank} cannot ask the others to save the run, or answer them: the store in which they found each "
+            f"other does not answer ({error}). It goes on, and further signals have their usual effect.",
             RuntimeWarning,
             stacklevel=5,
         )

@@ -30,10 +30,13 @@ def watch_signals(session: Session, save: Callable[[], Path | str]) -> None:
     Raises:
         SettingError: (a `ValueError`) if a handler cannot be set here.
     """
-    settings = session.plan.settings
+    settings, runtime = session.plan.settings, session.plan.runtime
     resuming.expect(settings.resume)
+    note = env.get(NOTE_VARIABLE)
+    if note is not None and runtime.process.local_rank == 0:
+        # Of an attempt that the launcher has restarted, since a process failed while it left. This one may finish.
+        Path(note).unlink(missing_ok=True)
     if settings.save_on_signals:
-        runtime = session.plan.runtime
         trains: Callable[[], bool] = partial(_trains, session)
         preemption.start(settings.save_on_signals, runtime, partial(_leave, session, save), trains)
 

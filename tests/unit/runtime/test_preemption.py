@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
+from torch.distributed import TCPStore
 
 from accelerate import Accelerator
-from accelerate.core.errors import SettingError
+from accelerate.collectives.crossing import Crossing
+from accelerate.core.errors import CheckpointError, SettingError
 from accelerate.runtime import preemption, state
 from accelerate.utils import Preempted, ProjectConfiguration
 
@@ -58,6 +62,36 @@ def test_a_signal_while_it_saves_is_ignored_with_a_word(start, capfd):
     with pytest.raises(Left):
         watch.reach()
     assert capfd.readouterr().err == "accelerate: SIGTERM again: rank 0 is saving already.\n"
+
+
+def test_after_a_save_that_failed_signals_have_their_usual_effect(start):
+    def fail(reason: str) -> None:
+        raise CheckpointError("no space left")
+
+    before = signal.getsignal(signal.SIGTERM)
+    watch = start(fail)
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(CheckpointError, match="no space left"):
+        watch.reach()
+    assert preemption.current is None
+    assert signal.getsignal(signal.SIGTERM) == before
+    watch.reach()  # a loop that goes on holds it still
+
+
+def test_a_store_that_is_gone_does_not_end_the_run(start):
+    code = "import sys, torch.distributed as dist; s = dist.TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)"
+    command = [sys.executable, "-c", f"{code}; print(s.port, flush=True); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as keeper:
+        assert keeper.stdout is not None
+        crossing = Crossing(TCPStore("127.0.0.1", int(keeper.stdout.readline()), is_master=False), "test", 0, 2)
+        keeper.kill()
+    watch = start()
+    watch._crossing = crossing
+    os.kill(os.getpid(), signal.SIGTERM)
+    watch.end()
+    with pytest.warns(RuntimeWarning, match="Rank 0 cannot ask the others to save the run.* does not answer"):
+        watch.reach()
+    assert preemption.current is None
 
 
 def test_what_an_earlier_run_left_does_not_have_the_save_refused(tmp_path):
