@@ -21,8 +21,9 @@ from .tensor_file import TensorInfo, info_of, read_header, write_tensors
 from .trust import read_pickle
 from .weights import TIED_KEY, plan_index, plan_shards, read_index, separate_tied, tied_metadata
 
+_REPEATED = 4
 _REPEATED_BYTES = 2**24
-"""A tensor that repeats its numbers without storing them again may grow to this size when it is written out."""
+"""Tensors that show the same numbers again may grow to so many times what is stored, and this, when they are written out."""
 
 
 @dataclass(frozen=True)
@@ -145,17 +146,19 @@ def _of_pickles(files: list[Path]) -> Source:
             )
         state |= found
     kept, tied = separate_tied(state)
-    for name, tensor in kept.items():
-        stored = tensor.untyped_storage().nbytes()
-        if info_of(tensor).num_bytes > max(stored, _REPEATED_BYTES):
-            # One number that is shown a billion times is small in the file, and fills the disk when it is written out.
-            raise CheckpointError(
-                explain(
-                    f"{name!r} in {files[0].parent} has the shape {list(tensor.shape)}, and only {stored} bytes in its "
-                    "file.",
-                    remedy="Do not trust it.",
-                )
+    needed = sum(info_of(tensor).num_bytes for tensor in kept.values())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept.values()}
+    stored = sum(storages.values())
+    if needed > _REPEATED * stored + _REPEATED_BYTES:
+        # One number that is shown a billion times is small in the file, and fills the disk when it is written out.
+        largest = max(kept, key=lambda name: info_of(kept[name]).num_bytes)
+        raise CheckpointError(
+            explain(
+                f"The tensors in {files[0].parent} have {needed} bytes, and only {stored} in their file; "
+                f"{largest[:200]!r} has the shape {list(kept[largest].shape)}.",
+                remedy="Do not trust it.",
             )
+        )
     return Source({name: info_of(tensor) for name, tensor in kept.items()}, tied, kept.__getitem__)
 
 
