@@ -108,6 +108,7 @@ def read_folder(folder: Path) -> Folder:
                 remedy="Pass the folder that holds the .distcp files.",
             )
         )
+    _check_place(folder, METADATA_NAME)
     found = read_records(file, _CLASSES)
     try:
         return _folder(folder, found)

@@ -7,7 +7,7 @@ memory but the tensor that was asked for last; files of `torch.save` are mapped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Source:
     """Names that show the same tensor as another one."""
     read: Callable[[str], torch.Tensor]
     """Returns one of `tensors` on the CPU."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What else the files say, such as a license."""
 
     @property
     def num_bytes(self) -> int:
@@ -101,17 +103,20 @@ def _of_safetensors(files: list[Path]) -> Source:
     tensors: dict[str, TensorInfo] = {}
     tied: dict[str, str] = {}
     place: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
     for file in files:
         header = read_header(file)
         tensors |= header.tensors
         place |= dict.fromkeys(header.tensors, file)
         tied |= _tied(file, header.metadata)
+        metadata |= {key: value for key, value in header.metadata.items() if key != TIED_KEY}
 
     opened = _OpenFile()
     return Source(
         tensors,
         {name: target for name, target in tied.items() if target in tensors},
         lambda name: opened.read(place[name], name),
+        metadata,
     )
 
 
@@ -189,7 +194,7 @@ def rewrite(
         tensors = {name: source.tensors[name] for name in names}
         tied = {name: target for name, target in source.tied.items() if target in tensors}
         with shard.open("wb") as stream:
-            write_tensors(stream, tensors, read, {"format": "pt", **tied_metadata(tied)})
+            write_tensors(stream, tensors, read, {"format": "pt", **source.metadata, **tied_metadata(tied)})
         durable.flush_file(shard)
         weight_map.update(dict.fromkeys(names, shard.name))
     if len(plan) > 1:

@@ -74,6 +74,8 @@ def read_pickle(file: Path, map_location: Any = "cpu", *, mapped: bool = False) 
     Raises:
         CheckpointError: If the file is damaged, or holds anything but data.
     """
+    if file.exists() and not file.is_file():  # to open a pipe would wait for ever
+        raise CheckpointError(explain(f"{file} cannot be read: it is no plain file.", remedy="Use another checkpoint."))
     try:
         return load(file, map_location, **({"mmap": True} if mapped and is_archive(file) else {}))
     except CheckpointError:
