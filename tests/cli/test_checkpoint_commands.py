@@ -50,7 +50,7 @@ def test_inspect_prints_a_line_for_each_checkpoint_of_a_project(project: Path) -
     assert "checkpoints: 3 checkpoints" in lines[0]
     assert "INCOMPLETE: model.safetensors is missing" in next(line for line in lines if "checkpoint_2 " in line)
     assert [line for line in lines if line.startswith("->")] == [line for line in lines if " checkpoint_1 " in line]
-    assert lines[-1] == "load_state() takes checkpoint_1."
+    assert lines[-1] == "load_state() takes checkpoint_1, if its content is what was written (`verify` reads it)."
 
 
 def test_inspect_prints_json(project: Path) -> None:

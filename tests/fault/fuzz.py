@@ -8,11 +8,14 @@ failed are written to `tests/fault/crashes`, where a test reads them again.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import mmap
 import multiprocessing
 import os
+import pickle
 import random
+import re
 import resource
 import shutil
 import struct
@@ -20,18 +23,24 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import psutil
 import torch
+import torch.distributed.checkpoint as torch_dcp
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex
 
-from accelerate.checkpoint import commit, layout, manifest, train_state, weights
+from accelerate.checkpoint import commit, dcp, layout, manifest, source, train_state, trust, weights
+from accelerate.checkpoint.tensor_file import read_header
 from accelerate.core.errors import CheckpointError
-from tests.fault.mutate import NODES, TEXTS, changed_bytes, mutated
+from tests.fault.mutate import NODES, TEXTS, archived, changed_bytes, instructions, mutated, mutated_pickle
 from tests.support.checkpoint_files import write_safetensors, write_state, write_weights
 
 CRASHES = Path(__file__).with_name("crashes")
@@ -221,6 +230,165 @@ class Names(Reader):
             raise Escape(f"{name!r} counts as a file")
 
 
+class TensorHeaders(Headers):
+    """The same, where only the header is read, and a file is written anew without being loaded."""
+
+    def read(self, content: bytes) -> None:
+        self.file.write_bytes(content)
+        found = read_header(self.file)
+        sum(info.numel for info in found.tensors.values())
+        check_announced(source.open_weights(self.folder).num_bytes, len(content))
+
+
+def check_announced(num_bytes: int, size: int) -> None:
+    """Refuse that a small file becomes a large one."""
+    if num_bytes > source._REPEATED * size + source._REPEATED_BYTES:
+        raise Escape(f"{size} bytes announce {num_bytes}")
+
+
+def sharded(folder: Path) -> None:
+    """Write what torch writes for shards: two tensors, one of them in two pieces, a scalar and something else."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = {"model": {"w": torch.ones(4), "b": torch.ones(2, 3).half(), "n": torch.tensor(1)}, "epoch": 3}
+        torch_dcp.save(state, checkpoint_id=folder, no_dist=True)
+    file, data = folder / dcp.METADATA_NAME, folder / "__0_0.distcp"
+    found = pickle.loads(file.read_bytes())
+    half = io.BytesIO()
+    torch.save(torch.ones(2), half)
+    chunks = [ChunkStorageMetadata(torch.Size([place]), torch.Size([2])) for place in (0, 2)]
+    found.state_dict_metadata["model.w"].chunks[:] = chunks
+    places = {index: place for index, place in found.storage_data.items() if index.fqn != "model.w"}
+    begin = data.stat().st_size
+    for number, chunk in enumerate(chunks):
+        info = torch_dcp.filesystem._StorageInfo(data.name, begin + number * half.tell(), half.tell())
+        places[MetadataIndex("model.w", chunk.offsets, number)] = info
+    found.storage_data = places
+    data.write_bytes(data.read_bytes() + 2 * half.getvalue())
+    file.write_bytes(pickle.dumps(found))
+
+
+class Shards(Reader):
+    """`.metadata` of a sharded folder, whose tensors are read then."""
+
+    def __init__(self, base: Path):
+        super().__init__(base)
+        sharded(self.folder)
+        (self.folder / "link").symlink_to(self.victim)
+        self.file = self.folder / dcp.METADATA_NAME
+        found = pickle.loads(self.file.read_bytes())
+        self.good = [pickle.dumps(found, protocol) for protocol in (2, 4)]
+        self.parts = [instructions(content) for content in self.good]
+        self.size = sum(path.stat().st_size for path in self.folder.glob("*.distcp"))
+
+    def make(self, draw: random.Random) -> bytes:
+        if draw.random() < 0.2:
+            return changed_bytes(draw.choice(self.good), self.good, draw)
+        return mutated_pickle(self.parts, draw)
+
+    def read(self, content: bytes) -> None:
+        self.file.write_bytes(content)
+        found = dcp.read_folder(self.folder)
+        if any(not os.path.realpath(self.folder / name).startswith(f"{self.folder}/") for name in found.files):
+            raise Escape(f"{list(found.files)} was accepted")
+        if not found.missing:
+            check_announced(sum(entry.info.num_bytes for entry in found.weights.values()), self.size)
+        for name in found.weights:
+            dcp.read_tensor(found, name)
+
+
+class Records(Shards):
+    """The same, as any plain records."""
+
+    def read(self, content: bytes) -> None:
+        self.file.write_bytes(content)
+        trust.read_records(self.file, dcp._CLASSES)
+
+
+class Saved(Reader):
+    """Files of `torch.save`, in its format of today and the one before."""
+
+    def __init__(self, base: Path):
+        super().__init__(base)
+        self.file = self.folder / layout.WEIGHTS_NAME
+        self.archives: list[tuple[list[bytes], list[tuple[str, bytes]]]] = []
+        self.old: list[tuple[list[bytes], bytes, bytes]] = []
+        for state in self.states():
+            stream = io.BytesIO()
+            torch.save(state, stream)
+            self.good.append(stream.getvalue())
+            with zipfile.ZipFile(stream) as archive:
+                entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+            content = next(content for name, content in entries if name.endswith(".pkl"))
+            self.archives.append((instructions(content), [item for item in entries if item[1] is not content]))
+            stream = io.BytesIO()
+            torch.save(state, stream, _use_new_zipfile_serialization=False)
+            self.good.append(self._without_addresses(stream.getvalue()))
+            self.old.append(self._divided(self.good[-1]))
+
+    @staticmethod
+    def _without_addresses(content: bytes) -> bytes:
+        """Call storages by a number, which is the same in every process, and not by where they lay."""
+        known: dict[bytes, bytes] = {}
+        return re.sub(
+            rb"\d{14,}", lambda found: known.setdefault(found[0], b"%0*d" % (len(found[0]), len(known))), content
+        )
+
+    @staticmethod
+    def _divided(content: bytes) -> tuple[list[bytes], bytes, bytes]:
+        """Return the fourth of the pickles, which holds the state, and what stands before and behind it."""
+        stream = io.BytesIO(content)
+        for _ in range(3):
+            pickle.load(stream)
+        begin = stream.tell()
+        parts = instructions(content[begin:])
+        end = begin + len(b"".join(parts))
+        return parts, content[:begin], content[end:]
+
+    def states(self) -> list[Any]:
+        model = torch.nn.Linear(2, 2)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.ones(2)).sum().backward()
+        optimizer.step()
+        base = torch.arange(6.0)
+        views = {"a": base, "b": base.view(2, 3).t(), "c": torch.nn.Parameter(base[2:4]), "d": base.half()}
+        kinds = {
+            "set": {1, 2},
+            "o": OrderedDict(a=1),
+            (1, "a"): torch.Size([1]),
+            "z": 1j,
+            "s": torch.eye(2).to_sparse(),
+        }
+        rng = {"numpy": np.random.RandomState(0).get_state()[:1], "array": np.arange(4), "torch": torch.ones(8).byte()}
+        return [model.state_dict(), optimizer.state_dict(), views, kinds, rng]
+
+    def make(self, draw: random.Random) -> bytes:
+        kind = draw.random()
+        if kind < 0.2:
+            return changed_bytes(draw.choice(self.good), self.good, draw)
+        if kind < 0.6:
+            parts, entries = draw.choice(self.archives)
+            return archived([("archive/data.pkl", mutated_pickle([parts], draw)), *entries], draw)
+        parts, head, tail = draw.choice(self.old)
+        return head + mutated_pickle([parts], draw) + tail
+
+    def read(self, content: bytes) -> None:
+        self.file.write_bytes(content)
+        found = trust.read_pickle(self.file, mapped=len(content) % 2 == 0)
+        if isinstance(found, dict):
+            check_announced(source.open_weights(self.folder).num_bytes, len(content))
+
+
+class Pieces(Saved):
+    """One tensor in a `.distcp` file."""
+
+    def states(self) -> list[Any]:
+        return [torch.ones(2, 3), torch.arange(6).view(2, 3).t(), torch.tensor(1.0), torch.ones(3).bfloat16()]
+
+    def read(self, content: bytes) -> None:
+        trust.load_tensor(io.BytesIO(content), "the piece")
+
+
 READERS: dict[str, Callable[[Path], Reader]] = {
     "manifest": Manifests,
     "index": Indices,
@@ -228,6 +396,11 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "header": Headers,
     "journal": Journals,
     "names": Names,
+    "tensor-header": TensorHeaders,
+    "shards": Shards,
+    "records": Records,
+    "saved": Saved,
+    "piece": Pieces,
 }
 
 
@@ -341,6 +514,7 @@ def _watch(worker: Any, progress: mmap.mmap, receive: Any) -> Outcome | str:
     try:
         return receive.recv()
     except EOFError:
+        worker.join()
         return f"the process ended with {worker.exitcode}"
     finally:
         worker.join()
@@ -362,7 +536,7 @@ def main() -> None:
         failures += outcome.failures
         rate = outcome.num_inputs / max(outcome.seconds, 1e-9)
         print(
-            f"{name:10} {outcome.num_inputs:>10,} inputs, {rate:>8,.0f} per second of one processor, "
+            f"{name:14} {outcome.num_inputs:>10,} inputs, {rate:>8,.0f} per second of one processor, "
             f"{outcome.num_accepted:,} accepted, {len(outcome.failures)} failures",
             flush=True,
         )

@@ -5,8 +5,11 @@ Every input follows from its number and the seed alone, so a failure is repeated
 
 from __future__ import annotations
 
+import io
 import json
+import pickletools
 import random
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,6 +46,18 @@ NODES: list[dict[str, Any]] = [
     {"$type": "torch", "kind": "device", "value": "cpu"},
     {"$type": "torch", "kind": "size", "value": [1, 2]},
 ]
+PARTS = [
+    b"(", b"0", b"1", b"2", b".", b"N", b"\x88", b")", b"]", b"}", b"\x8f", b"\x85", b"\x86", b"\x87", b"t", b"e", b"a", b"u",
+    b"s", b"R", b"\x81", b"b", b"\x94", b"Q", b"\x93", b"\x92", b"q\0", b"h\0", b"h\1", b"h\2", b"h\7", b"K\0", b"K\1",
+    b"J\xff\xff\xff\x7f", b"J\xff\xff\xff\xff", b"\x8a\x08" + b"\xff" * 7 + b"\x7f", b"\x8a\xff" + b"\x7f" * 255,
+    b"X\xff\xff\xff\xff", b"X\3\0\0\0fqn", b"X\3\0\0\0hex", b"X\2\0\0\0..", b"X\7\0\0\0storage", b"U\3hex", b"G" + b"\xff" * 8,
+    b"X\x07\0\0\0/victim", b"X\x09\0\0\0../victim", b"cos\nsystem\n", b"cbuiltins\neval\n", b"c__builtin__\nbytearray\n",
+    b"c__builtin__\nset\n", b"c_codecs\nencode\n", b"ctorch\nSize\n", b"ctorch\nfloat32\n", b"ctorch\nfloat64\n",
+    b"ctorch\nFloatStorage\n", b"ctorch\nDoubleStorage\n", b"ctorch\nFloatTensor\n", b"ctorch\nTensor\n", b"cnumpy\nndarray\n",
+    b"cnumpy\ndtype\n", b"ccollections\nOrderedDict\n", b"ccollections\nCounter\n", b"ctorch._utils\n_rebuild_tensor_v2\n",
+    b"ctorch._utils\n_rebuild_sparse_tensor\n", b"ctorch._tensor\n_rebuild_from_type_v2\n", b"cpathlib\nPath\n",
+    b"cnumpy.core.multiarray\n_reconstruct\n", b"ctorch._utils\n_rebuild_parameter\n",
+]  # fmt: skip
 TOKENS = [b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\u0000", b"\\", b"null", b"1e999", b"NaN", b"\xff", b"\0", b"-"]
 
 
@@ -146,3 +161,63 @@ def changed_bytes(text: bytes, good: Sequence[bytes], draw: random.Random) -> by
         else:
             content[place : place + 1] = bytes([draw.randrange(256)])
     return bytes(content)
+
+
+def instructions(content: bytes) -> list[bytes]:
+    """Cut a pickle into its instructions, without the frames, whose lengths would not fit any more."""
+    found = [(code.name, place or 0) for code, _, place in pickletools.genops(content)]
+    ends = [place for _, place in found[1:]] + [len(content)]
+    return [content[place:end] for (name, place), end in zip(found, ends, strict=True) if name != "FRAME"]
+
+
+def mutated_pickle(good: Sequence[list[bytes]], draw: random.Random) -> bytes:
+    """Return one of the good pickles with a few instructions changed, and all others as they were."""
+    if draw.random() < 0.05:
+        return b"\x80\x02" + b"".join(draw.choice(PARTS) for _ in range(draw.randrange(1, 40))) + b"."
+    parts = list(draw.choice(good))
+    for _ in range(draw.choice((1, 1, 1, 2, 3, 8))):
+        place, other = draw.randrange(len(parts)), draw.randrange(len(parts))
+        action = draw.randrange(8)
+        if action == 0:
+            del parts[place : place + draw.choice((1, 1, 2, 10))]
+            parts = parts or [b"."]
+        elif action == 1:
+            parts.insert(place, draw.choice(PARTS))
+        elif action == 2:
+            parts[place] = draw.choice(PARTS)
+        elif action == 3:
+            parts[place] = parts[other]
+        elif action == 4:
+            parts[place], parts[other] = parts[other], parts[place]
+        elif action == 5:
+            parts[place:place] = parts[other : other + draw.randrange(1, 30)]
+        elif action == 6:
+            parts[place:place] = [draw.choice(PARTS)] * draw.choice((1, 2, 1000))
+        else:
+            parts[place] = changed_bytes(parts[place], [parts[other]], draw)
+    return b"".join(parts)
+
+
+def archived(entries: Sequence[tuple[str, bytes]], draw: random.Random) -> bytes:
+    """Put entries into an archive; some of them under another name, twice, packed or in part."""
+    entries = list(entries)
+    if draw.random() < 0.2:
+        place = draw.randrange(len(entries))
+        name, content = entries[place]
+        entries[place : place + 1] = draw.choice(
+            [
+                [],
+                [(name, content)] * 2,
+                [(name.upper(), content)],
+                [(draw.choice(entries)[0], content)],
+                [(name, content[: draw.randrange(len(content) + 1)])],
+                [(name, content * 2)],
+                [("archive/data.pkl", content)],
+            ]
+        )
+    stream = io.BytesIO()
+    kind = zipfile.ZIP_DEFLATED if draw.random() < 0.03 else zipfile.ZIP_STORED
+    with zipfile.ZipFile(stream, "w", kind) as target:
+        for name, content in entries:
+            target.writestr(zipfile.ZipInfo(name), content, kind)
+    return stream.getvalue()

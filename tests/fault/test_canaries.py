@@ -326,7 +326,18 @@ SMALL_BUT_LARGE = {
         "an encoding that may make a text longer",
     ),
     "an array of nothing": (
-        _called(b"numpy\nndarray", b"J" + struct.pack("<i", 2**30) + b"\x85", _text("O")) + b".", "what is in it"
+        _called(b"numpy\nndarray", b"J" + struct.pack("<i", 2**30) + b"\x85", _text("O")) + b".", "trusts what it is told"
+    ),
+    "an array of nothing by another name": (
+        _called(b"numpy.core.multiarray\n_reconstruct", b"cnumpy\nndarray\n", b"J" + struct.pack("<i", 2**30) + b"\x85",
+                _text("O")) + b".",
+        "what is in it",
+    ),
+    "objects": (_called(b"numpy\ndtype", _text("O8"), b"\x89", b"\x88") + b".", "not made of plain numbers"),
+    "numbers that pretend to be objects": (
+        _called(b"numpy\ndtype", _text("i8"), b"\x89", b"\x88")
+        + b"(K\3" + _text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x3ftb.",
+        "not made of plain numbers",
     ),
     "a list that is copied": (
         b"](" + b"K\x01" * 100_000 + b"eq\0(" + b"ctorch\nSize\nh\0\x85R" * 10_000 + b"t.", "again and again"

@@ -31,6 +31,11 @@ def costs_little(folder: Path, action: Callable[[], Any]) -> str:
     return cost.error
 
 
+def short(name: str) -> str:
+    """Call a test after what is special about it, in a line that a terminal can show."""
+    return ascii(name if len(name) < 40 else f"{name[:10]} and {len(name) - 10} more")
+
+
 # An index of shards ---------------------------------------------------------------------------------------------------
 
 
@@ -43,6 +48,7 @@ def index(folder: Path, content: Any) -> Callable[[], Any]:
     "shard",
     ["/etc/passwd", "../secret.safetensors", "sub/../../secret.safetensors", "link.safetensors", "deep/model.safetensors",
      "a\0b", "\x1b[2Jx", "x" * 5000, "", ".", "..", "absent.safetensors", "/dev/zero", "pipe", "C:\\x", "..\\secret"],
+    ids=short,
 )  # fmt: skip
 def test_shards_elsewhere(tmp_path: Path, shard: str) -> None:
     folder = tmp_path / "m"
@@ -150,7 +156,7 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@pytest.mark.parametrize("name", NAMES, ids=short)
 def test_names_of_tensors_are_only_names(tmp_path: Path, name: str) -> None:
     folder = tmp_path / "in" / "here"
     folder.mkdir(parents=True)
@@ -172,7 +178,7 @@ def test_names_of_tensors_are_only_names(tmp_path: Path, name: str) -> None:
     assert sorted(os.listdir(folder)) == ["custom_checkpoint_0.json", "custom_checkpoint_0.safetensors"]
 
 
-@pytest.mark.parametrize("name", NAMES, ids=ascii)
+@pytest.mark.parametrize("name", NAMES, ids=short)
 def test_messages_spell_names_out(tmp_path: Path, name: str) -> None:
     write_safetensors({name: torch.ones(3)}, tmp_path / "model.safetensors")
     run = Run().having(models=[torch.nn.Linear(1, 1)])

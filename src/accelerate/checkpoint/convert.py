@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..collectives.single import SingleProcess
 from ..core.errors import CheckpointError, SettingError, explain
 from ..runtime.state import current_or_single
 from . import commit, dcp, durable, layout, legacy, manifest, train_state
-from .source import Source, open_sharded, open_weights, rewrite
+from .source import Source, open_sharded, open_weights, places, rewrite
 from .trust import write_pickle
 from .weights import stale_weights
 
@@ -78,6 +78,7 @@ def plan(folder: Path) -> Plan:
     if not folder.is_dir():
         raise layout.MissingFile(explain(f"There is no folder {folder}.", remedy="Pass the folder of a checkpoint."))
     commit.recover(folder)
+    manifest.check_links(folder)
     found = manifest.read(folder)
     if found is not None:
         # Otherwise a damaged checkpoint would come out with new, matching hashes.
@@ -85,7 +86,8 @@ def plan(folder: Path) -> Plan:
         return _plan_own(folder, found)
     names = list(durable.files_below(folder))
     if dcp.is_folder(folder):
-        return Plan(folder, "a sharded checkpoint of torch.distributed", (0,), sharded=True)
+        left = (*_no_weights(folder), *_others(folder, {*dcp.read_folder(folder).files, dcp.METADATA_NAME}))
+        return Plan(folder, "a sharded checkpoint of torch.distributed", (0,), sharded=True, left=left)
     if legacy.is_peer_folder(folder):
         return _plan_peer(folder, names)
     models = _models(folder)
@@ -106,7 +108,7 @@ def plan(folder: Path) -> Plan:
                 remedy="Convert another checkpoint, or copy its weights alone into a folder and convert that.",
             )
         )
-    return Plan(folder, "weights", tuple(models))
+    return Plan(folder, "weights", tuple(models), left=(*_unread_weights(folder, models), *_others(folder)))
 
 
 def _models(folder: Path) -> list[int]:
@@ -114,11 +116,48 @@ def _models(folder: Path) -> list[int]:
     return sorted({*layout.model_indices(path.name for path in folder.iterdir()), *sharded})
 
 
+def _unread_weights(folder: Path, models: Iterable[int]) -> Iterator[str]:
+    """Name the files of weights that are passed over because others hold the same model."""
+    for index in models:
+        used: list[str] = []
+        for safe in (True, False):
+            files, _ = places(folder / layout.model_file(index, safe))
+            used = used or [file.name for file in files]
+        own = {path.name for path in folder.iterdir() if layout.model_indices([path.name]) == [index]}
+        indices = (
+            {layout.index_file(layout.model_file(index, safe)) for safe in (True, False)} if len(used) > 1 else set()
+        )
+        yield from (f"{name}: the weights are read from {used[0]}" for name in sorted(own - {*used, *indices}) if used)
+        sharded = f"{layout.FSDP_MODEL_NAME}_{index}"
+        if dcp.is_folder(folder / sharded):
+            yield from ([f"{sharded}: the weights are read from {used[0]}"] if used else _no_weights(folder / sharded))
+
+
+def _no_weights(folder: Path) -> list[str]:
+    return [f"{key[:200]}: no weight" for key in dcp.read_folder(folder).others]
+
+
+def _others(folder: Path, known: Collection[str] = ()) -> list[str]:
+    """Name what else lies in a folder of which only a part is converted."""
+    tops = {layout.MANIFEST_NAME, *(name.partition("/")[0] for name in known)}
+    return [
+        f"{name}: no part of it"
+        for name in sorted(path.name for path in folder.iterdir())
+        if not (
+            name in tops
+            or layout.is_weights(name)
+            or _SHARDED_WEIGHTS.fullmatch(name)
+            or name.startswith(layout.PREFIX)
+        )
+    ]
+
+
 def _plan_own(folder: Path, found: manifest.Manifest) -> Plan:
     models = layout.model_indices(found.files)
     copies = tuple(name for name in found.files if not layout.is_weights(name))
     origin = Origin(found.world_size, found.step, found.iteration)
-    return Plan(folder, "a checkpoint", tuple(models), copies=copies, origin=origin)
+    left = (*_unread_weights(folder, models), *_others(folder, set(found.files)))
+    return Plan(folder, "a checkpoint", tuple(models), copies=copies, left=left, origin=origin)
 
 
 def _plan_peer(folder: Path, names: list[str]) -> Plan:
@@ -155,20 +194,23 @@ def _plan_peer(folder: Path, names: list[str]) -> Plan:
             states.append((stem, stem))
         elif _LEGACY_SAMPLER.fullmatch(name):
             left.append(f"{name}: 1.x does not say in it where its loader was")
-        elif (folder / name).is_symlink():
-            left.append(f"{name}: a link")
-        elif not layout.is_weights(name):
+        elif layout.is_weights(name):
+            continue
+        elif (folder / name).is_symlink() or not (folder / name).is_file():
+            left.append(f"{name}: no plain file")
+        else:
             copies.append(name)
     first = legacy.read_state(folder, layout.rng_stem(0))
     step = first.get("step", 0) if isinstance(first, dict) else 0
     iteration = layout.checkpoint_number(folder.resolve().name) or 0
+    models = _models(folder)
     return Plan(
         folder,
         "a checkpoint of Accelerate 1.x",
-        tuple(_models(folder)),
+        tuple(models),
         states=tuple(states),
         copies=tuple(copies),
-        left=tuple(left),
+        left=(*left, *_unread_weights(folder, models)),
         origin=Origin(world_size, step if isinstance(step, int) else 0, iteration),
     )
 

@@ -108,6 +108,7 @@ def read_folder(folder: Path) -> Folder:
                 remedy="Pass the folder that holds the .distcp files.",
             )
         )
+    _check_place(folder, METADATA_NAME)
     found = read_records(file, _CLASSES)
     try:
         return _folder(folder, found)
@@ -130,8 +131,11 @@ def _folder(folder: Path, found: Any) -> Folder:
     paths = _paths(content.get("planner_data"))
     weights = _weights(tensors, paths)
     files: dict[str, int] = {}
-    for name, start, length in places.values():
-        _check_place(folder, name)
+    for name, start, length in sorted(places.values()):
+        if name not in files:
+            _check_place(folder, name)
+        if start < files.get(name, 0) and length:  # a small file would become a large one
+            raise ValueError("two pieces share bytes of a file")
         files[name] = max(files.get(name, 0), start + length)
     taken = {entry.key for entry in weights.values()}
     return Folder(

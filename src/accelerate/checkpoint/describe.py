@@ -6,20 +6,19 @@ nothing itself.
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from ..core.errors import CheckpointError, explain
-from ..core.tree import tree_leaves
 from . import commit, dcp, durable, layout, legacy, manifest, source
 from .tensor_file import TensorInfo, info_of, read_header
-from .trust import read_pickle
+from .trust import is_archive, read_pickle
 
+_PEER_FORM = "a checkpoint of Accelerate 1.x"
 Health = Literal["complete", "pending", "unknown", "incomplete"]
 
 
@@ -60,8 +59,8 @@ class Description:
 
     @property
     def loadable(self) -> bool:
-        """Whether `load_state()` would take it for complete."""
-        return self.health != "incomplete"
+        """Whether `load_state()` would take it for complete. That its content is what was written, only reading tells."""
+        return self.health != "incomplete" and (self.saved is not None or self.form == _PEER_FORM)
 
     @property
     def num_bytes(self) -> int:
@@ -77,7 +76,7 @@ class Project:
     checkpoints: tuple[Description, ...]
     """Highest number first."""
     newest: str | None
-    """The name of the one that `load_state()` would take."""
+    """The name of the one that `load_state()` would take, if its content is what was written."""
     notes: tuple[str, ...]
 
 
@@ -96,10 +95,12 @@ class _View:
         self.names = sorted((own - gone) | inside)
         self.manifest = manifest.read(self.path(layout.MANIFEST_NAME).parent)
 
+    def base(self, name: str) -> Path:
+        """Return the folder below which the file lies now."""
+        return self.pending.source if self.pending and name in self._inside else self.folder
+
     def path(self, name: str) -> Path:
-        if self.pending and name in self._inside:
-            return self.pending.source / name
-        return self.folder / name
+        return self.base(name) / name
 
 
 def describe(folder: Path, *, look_inside: bool = True) -> Description:
@@ -122,7 +123,7 @@ def describe(folder: Path, *, look_inside: bool = True) -> Description:
     if look_inside:
         insides = {name: _inside(view.path(name)) for name in view.names}
     files = tuple(_file(name, view.path(name), insides.get(name, {})) for name in view.names)
-    broken = [f"{file.name}: {file.problem}" for file in files if file.problem]
+    broken = [*_links(folder), *(f"{file.name}: {file.problem}" for file in files if file.problem)]
     notes = _leftovers(folder)
     found = view.manifest
     if found is not None:
@@ -137,7 +138,7 @@ def describe(folder: Path, *, look_inside: bool = True) -> Description:
         notes = ("It has no manifest: whether all of it was written cannot be told.", *notes)
         problems = (*broken, *_missing(folder, sharded))
         state: Health = "incomplete" if problems else "unknown"
-        return Description(str(folder), "a checkpoint of Accelerate 1.x", state, problems, notes, files)
+        return Description(str(folder), _PEER_FORM, state, problems, notes, files)
     return _without_manifest(folder, files, [*broken, *_missing(folder, sharded)], notes, sharded)
 
 
@@ -180,6 +181,14 @@ def _check_there(folder: Path) -> None:
     )
 
 
+def _links(folder: Path) -> list[str]:
+    try:
+        manifest.check_links(folder)
+    except CheckpointError as error:
+        return [_first_line(error)]
+    return []
+
+
 def _first_line(error: Exception) -> str:
     return str(error).split("\n", 1)[0]
 
@@ -195,11 +204,8 @@ def _leftovers(folder: Path) -> tuple[str, ...]:
 
 def _differences(view: _View, found: manifest.Manifest) -> Iterator[str]:
     for name, entry in found.files.items():
-        file = view.path(name)
-        if not file.is_file():
-            yield f"{name} is missing"
-        elif (size := file.stat().st_size) != entry.num_bytes:
-            yield f"{name} has {size} bytes in place of {entry.num_bytes}"
+        if problem := manifest.problem(view.base(name), name, entry):
+            yield f"{name} {problem}"
 
 
 def _strangers(view: _View, found: manifest.Manifest) -> list[str]:
@@ -239,6 +245,8 @@ def _file(name: str, path: Path, inside: dict[str, TensorInfo] | str) -> File:
 
 def _inside(path: Path) -> dict[str, TensorInfo] | str:
     """Return the tensors that a file describes, or what is wrong with it."""
+    if not path.is_file():  # to open a pipe would wait for ever
+        return "it is no plain file"
     try:
         if path.suffix == ".safetensors":
             return read_header(path).tensors
@@ -246,14 +254,31 @@ def _inside(path: Path) -> dict[str, TensorInfo] | str:
             return {entry.key: entry.info for entry in dcp.read_folder(path.parent).tensors}
         if path.suffix == ".pkl" and (path.parent / layout.MANIFEST_NAME).is_file():
             return {}  # of ours: it holds what can only be read by running it
-        if path.suffix in (".bin", ".pt", ".pkl") and layout.is_checkpoint_file(path.name) and zipfile.is_zipfile(path):
-            found = enumerate(tree_leaves(read_pickle(path, mapped=True)))
-            return {str(place): info_of(value) for place, value in found if isinstance(value, torch.Tensor)}
+        if path.suffix in (".bin", ".pt", ".pkl") and layout.is_checkpoint_file(path.name) and is_archive(path):
+            found = enumerate(_tensors_in(read_pickle(path, mapped=True)))
+            return {str(place): info_of(tensor) for place, tensor in found}
     except CheckpointError as error:
         return _first_line(error)
     except (OSError, RecursionError) as error:
         return f"it cannot be read: {error}"
     return {}
+
+
+def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Yield each tensor once, and look into each container once: some hold the same one over and over."""
+    seen: dict[int, Any] = {}
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            waiting += value
 
 
 def describe_project(folder: Path) -> Project | None:
@@ -307,12 +332,11 @@ def verify(folder: Path, told: Callable[[int], None] = lambda _: None) -> Verdic
     if found is None:
         return Verdict(str(folder), 0, 0, (f"{layout.MANIFEST_NAME} is missing: there is nothing to compare with",))
     for name, entry in found.files.items():
-        file = view.path(name)
-        if not file.is_file():
-            problems.append(f"{name} is missing")
+        if problem := manifest.unreadable(view.base(name), name):
+            problems.append(f"{name} {problem}")
             continue
         try:
-            own = manifest.entry_of(file, told)
+            own = manifest.entry_of(view.path(name), told)
         except OSError as error:
             problems.append(f"{name} cannot be read: {error}")
             continue

@@ -187,7 +187,8 @@ def check_links(folder: Path) -> None:
         CheckpointError: Naming the first one.
     """
     for path in folder.iterdir():
-        if layout.is_checkpoint_file(path.name) and path.is_symlink() and not _lies_in(folder, path):
+        named = layout.is_checkpoint_file(path.name) or path.name.startswith(layout.FSDP_MODEL_NAME)
+        if named and path.is_symlink() and not _lies_in(folder, path):
             raise CheckpointError(
                 explain(
                     f"{path} is a link that leaves its folder, to {os.readlink(path)!r}.",
@@ -211,9 +212,7 @@ def check(folder: Path, manifest: Manifest, verify: Verify = "full") -> None:
     if verify == "off":
         return
     wrong = [
-        f"{name[:200]} {problem}"
-        for name, entry in manifest.files.items()
-        if (problem := _problem(folder, name, entry))
+        f"{name[:200]} {found}" for name, entry in manifest.files.items() if (found := problem(folder, name, entry))
     ]
     known = {layout.MANIFEST_NAME, *manifest.files}
     wrong += [
@@ -253,17 +252,23 @@ def _different(folder: Path, manifest: Manifest) -> list[str]:
     return [name for name, entry in manifest.files.items() if entries[name] != entry]
 
 
-def _problem(folder: Path, name: str, entry: FileEntry) -> str:
+def problem(folder: Path, name: str, entry: FileEntry) -> str:
+    """Say what is wrong with a file, as far as its place and its size tell; nothing if all is well."""
+    if found := unreadable(folder, name):
+        return found
+    size = (folder / name).stat().st_size
+    return "" if size == entry.num_bytes else f"has {size} bytes in place of {entry.num_bytes}"
+
+
+def unreadable(folder: Path, name: str) -> str:
+    """Say why a file may not, or cannot, be read; nothing if it can."""
     file = folder / name
     try:
         if ("/" in name or file.is_symlink()) and not _lies_in(folder, file):
             return "leads out of the folder"
-        if not file.is_file():
-            return "is missing"
-        size = file.stat().st_size
+        return "" if file.is_file() else "is missing"
     except OSError as error:
         return f"cannot be looked at ({error.strerror})"
-    return "" if size == entry.num_bytes else f"has {size} bytes in place of {entry.num_bytes}"
 
 
 def _lies_in(folder: Path, file: Path) -> bool:

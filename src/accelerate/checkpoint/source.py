@@ -7,7 +7,7 @@ memory but the tensor that was asked for last; files of `torch.save` are mapped.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from .tensor_file import TensorInfo, info_of, read_header, write_tensors
 from .trust import read_pickle
 from .weights import TIED_KEY, plan_index, plan_shards, read_index, separate_tied, tied_metadata
 
+_REPEATED = 4
 _REPEATED_BYTES = 2**24
-"""A tensor that repeats its numbers without storing them again may grow to this size when it is written out."""
+"""Tensors that show the same numbers again may grow to so many times what is stored, and this, when they are written out."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Source:
     """Names that show the same tensor as another one."""
     read: Callable[[str], torch.Tensor]
     """Returns one of `tensors` on the CPU."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What else the files say, such as a license."""
 
     @property
     def num_bytes(self) -> int:
@@ -100,17 +103,20 @@ def _of_safetensors(files: list[Path]) -> Source:
     tensors: dict[str, TensorInfo] = {}
     tied: dict[str, str] = {}
     place: dict[str, Path] = {}
+    metadata: dict[str, str] = {}
     for file in files:
         header = read_header(file)
         tensors |= header.tensors
         place |= dict.fromkeys(header.tensors, file)
         tied |= _tied(file, header.metadata)
+        metadata |= {key: value for key, value in header.metadata.items() if key != TIED_KEY}
 
     opened = _OpenFile()
     return Source(
         tensors,
         {name: target for name, target in tied.items() if target in tensors},
         lambda name: opened.read(place[name], name),
+        metadata,
     )
 
 
@@ -145,17 +151,19 @@ def _of_pickles(files: list[Path]) -> Source:
             )
         state |= found
     kept, tied = separate_tied(state)
-    for name, tensor in kept.items():
-        stored = tensor.untyped_storage().nbytes()
-        if info_of(tensor).num_bytes > max(stored, _REPEATED_BYTES):
-            # One number that is shown a billion times is small in the file, and fills the disk when it is written out.
-            raise CheckpointError(
-                explain(
-                    f"{name!r} in {files[0].parent} has the shape {list(tensor.shape)}, and only {stored} bytes in its "
-                    "file.",
-                    remedy="Do not trust it.",
-                )
+    needed = sum(info_of(tensor).num_bytes for tensor in kept.values())
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept.values()}
+    stored = sum(storages.values())
+    if needed > _REPEATED * stored + _REPEATED_BYTES:
+        # One number that is shown a billion times is small in the file, and fills the disk when it is written out.
+        largest = max(kept, key=lambda name: info_of(kept[name]).num_bytes)
+        raise CheckpointError(
+            explain(
+                f"The tensors in {files[0].parent} have {needed} bytes, and only {stored} in their file; "
+                f"{largest[:200]!r} has the shape {list(kept[largest].shape)}.",
+                remedy="Do not trust it.",
             )
+        )
     return Source({name: info_of(tensor) for name, tensor in kept.items()}, tied, kept.__getitem__)
 
 
@@ -186,7 +194,7 @@ def rewrite(
         tensors = {name: source.tensors[name] for name in names}
         tied = {name: target for name, target in source.tied.items() if target in tensors}
         with shard.open("wb") as stream:
-            write_tensors(stream, tensors, read, {"format": "pt", **tied_metadata(tied)})
+            write_tensors(stream, tensors, read, {"format": "pt", **source.metadata, **tied_metadata(tied)})
         durable.flush_file(shard)
         weight_map.update(dict.fromkeys(names, shard.name))
     if len(plan) > 1:

@@ -181,6 +181,10 @@ def _in_order(tensors: Mapping[str, TensorInfo]) -> Iterator[str]:
     ranks = {name: rank for rank, name in enumerate(_DTYPES)}
     keys: dict[str, tuple[int, bytes]] = {}
     for name, info in tensors.items():
+        if name == _METADATA:  # a header of this name is no tensor's
+            raise CheckpointError(
+                explain(f"No tensor in a safetensors file can be called {name!r}.", remedy="Rename it.")
+            )
         if not has_form(info):
             raise CheckpointError(
                 explain(f"{name!r} of {info.dtype} has no safetensors form.", remedy="Convert it to another type.")

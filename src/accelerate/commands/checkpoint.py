@@ -132,7 +132,9 @@ def _project_lines(project: Project) -> list[str]:
         rows.append((mark, name, *facts, convert_bytes(found.num_bytes), f"{_short_health(found)}{problem}"))
     lines = [f"{_printable(project.folder)}: {len(project.checkpoints)} checkpoints", "", *_table(rows), ""]
     lines += [f"note: {_printable(note)}" for note in project.notes]
-    newest = f"load_state() takes {project.newest}." if project.newest else "None of them is complete."
+    newest = "None of them is complete."
+    if project.newest:
+        newest = f"load_state() takes {project.newest}, if its content is what was written (`verify` reads it)."
     return [*lines, newest]
 
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed.checkpoint as torch_dcp
 
 from accelerate.checkpoint import commit, durable, layout, manifest, train_state
 from accelerate.checkpoint.convert import convert, merge_fsdp_weights, plan
+from accelerate.checkpoint.tensor_file import read_header
 from accelerate.checkpoint.weights import load_weights
 from accelerate.core.errors import CheckpointError, SettingError
 from tests.support.checkpoint_files import write_weights
@@ -87,8 +89,14 @@ def test_pickles_become_safetensors(tmp_path: Path, limit: int | None, zipped: b
 def test_a_small_file_cannot_fill_the_disk(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     torch.save({"a": torch.ones(1).expand(2**50)}, tmp_path / "old" / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"'a' in .*old has the shape \[1125899906842624\], and only 4 bytes"):
+    with pytest.raises(CheckpointError, match=r"and only 4 in their file; 'a' has the shape \[1125899906842624\]"):
         converted(tmp_path / "old", tmp_path / "new")
+    parts = {f"{number}": torch.ones(1).expand(2**22 - number) for number in range(500)}
+    views = (lambda base: {f"{number}": base[number:] for number in range(500)})(torch.ones(2**16))
+    for state in (parts, views):
+        torch.save(state, tmp_path / "old" / "pytorch_model.bin")
+        with pytest.raises(CheckpointError, match="bytes, and only"):
+            plan(tmp_path / "old") and converted(tmp_path / "old", tmp_path / "new")
     torch.save({"a": torch.ones(1).expand(3)}, tmp_path / "old" / "pytorch_model.bin")
     assert torch.equal(load_weights(converted(tmp_path / "old", tmp_path / "new"))["a"], torch.ones(3))
 
@@ -303,6 +311,83 @@ def test_nothing_to_convert_is_told(tmp_path: Path) -> None:
         plan(tmp_path / "none")
     with pytest.raises(layout.MissingFile, match="holds neither a checkpoint nor weights"):
         plan(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "pytorch_model.bin", "pytorch_model_fsdp_0", ".metadata"])
+def test_links_out_of_the_folder_are_not_read(tmp_path: Path, name: str) -> None:
+    old = old_checkpoint(tmp_path / "old")
+    outside = sharded(tmp_path / "outside", {"model": STATE})
+    if name.startswith("."):
+        old = sharded(tmp_path / "fsdp", {"model": STATE})
+        outside /= name
+    elif (old / name).exists():
+        outside = (old / name).rename(tmp_path / name)
+    (old / name).unlink(missing_ok=True)
+    (old / name).symlink_to(outside)
+    with pytest.raises(CheckpointError, match=r"a link that leaves its folder|outside its folder"):
+        plan(old)
+
+
+def test_a_link_inside_the_folder_is_read_and_not_told_as_left_behind(tmp_path: Path) -> None:
+    old = old_checkpoint(tmp_path / "old")
+    (old / "pytorch_model.bin").rename(old / "weights.dat")
+    (old / "pytorch_model.bin").symlink_to("weights.dat")
+    (old / "extra").symlink_to(tmp_path)
+    planned = plan(old)
+    assert planned.left == (
+        "extra: no plain file", "sampler.bin: 1.x does not say in it where its loader was",
+    )  # fmt: skip
+    convert(planned, tmp_path / "new")
+    assert load_weights(tmp_path / "new").keys() == {"weight", "bias"}
+
+
+def test_a_pipe_in_place_of_a_state_is_not_waited_for(tmp_path: Path) -> None:
+    old = old_checkpoint(tmp_path / "old")
+    (old / "optimizer.bin").unlink()
+    os.mkfifo(old / "optimizer.bin")
+    with pytest.raises(CheckpointError, match=r"optimizer\.bin cannot be read: it is no plain file"):
+        converted(old, tmp_path / "new")
+
+
+def test_what_is_left_behind_is_told(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "fsdp", {"model": STATE, "optimizer": {"m": torch.ones(3)}, "step": 3})
+    (folder / "notes.txt").write_text("mine")
+    assert set(plan(folder).left) == {"optimizer.m: no weight", "step: no weight", "notes.txt: no part of it"}
+
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    write_weights(STATE, mixed / "model.safetensors", 60)
+    torch.save(STATE, mixed / "pytorch_model.bin")
+    (mixed / "model-00007-of-00009.safetensors").write_bytes(b"of an older state")
+    sharded(mixed / "pytorch_model_fsdp_0", {"model": STATE})
+    for name in ("config.json", "training_args.bin"):
+        (mixed / name).write_text("{}")
+    first = "model-00001-of-00002.safetensors"
+    assert plan(mixed).left == (
+        f"model-00007-of-00009.safetensors: the weights are read from {first}",
+        f"pytorch_model.bin: the weights are read from {first}",
+        f"pytorch_model_fsdp_0: the weights are read from {first}",
+        "config.json: no part of it",
+        "training_args.bin: no part of it",
+    )
+    convert(plan(mixed), tmp_path / "new")
+    assert plan(tmp_path / "new").left == ()
+
+    own = Run().having(models=[Tied()]).save(tmp_path / "own")
+    (own / "notes.txt").write_text("mine")
+    assert plan(own).left == ("notes.txt: no part of it",)
+
+
+def test_what_a_file_says_of_itself_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    metadata = {"format": "pt", "license": "mine"}
+    safetensors.torch.save_file(
+        {"a": torch.ones(3), "b": torch.ones(3)}, tmp_path / "old" / "model.safetensors", metadata
+    )
+    many = converted(tmp_path / "old", tmp_path / "many", 12)
+    assert all(read_header(file).metadata == metadata for file in many.glob("*.safetensors"))
+    one = converted(many, tmp_path / "one")
+    assert (one / "model.safetensors").read_bytes() == (tmp_path / "old" / "model.safetensors").read_bytes()
 
 
 # merge_fsdp_weights ---------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def described(tmp_path: Path, **changes: Any) -> Path:
     """Write a description of one tensor of four numbers in two pieces, changed, and the pieces."""
     options = {
         "chunks": [((0,), (2,)), ((2,), (2,))], "size": (4,), "dtype": torch.float32, "file": "__0_0.distcp",
-        "content": torch.ones(2), "longer": 0, "transform": None,
+        "content": torch.ones(2), "longer": 0, "transform": None, "shared": False,
     }  # fmt: skip
     options |= changes
     stream = io.BytesIO()
@@ -97,7 +97,10 @@ def described(tmp_path: Path, **changes: Any) -> Path:
     tensor = TensorStorageMetadata(TensorProperties(options["dtype"]), torch.Size(options["size"]), chunks)
     places = {
         MetadataIndex("w", chunk.offsets, number): StorageInfo(
-            options["file"], number * len(blob), len(blob) + options["longer"], options["transform"]
+            options["file"],
+            number * len(blob) * (not options["shared"]),
+            len(blob) + options["longer"],
+            options["transform"],
         )
         for number, chunk in enumerate(chunks)
     }
@@ -125,7 +128,9 @@ def test_a_description_as_this_test_writes_it_is_read(tmp_path: Path) -> None:
         ({"file": "/etc/passwd"}, "outside its folder"),
         ({"file": "link"}, "outside its folder"),
         ({"file": "gone"}, "missing or too short"),
-        ({"longer": 1}, "missing or too short"),
+        ({"longer": 1}, "two pieces share bytes"),
+        ({"longer": 1, "chunks": [((0,), (4,))], "content": torch.ones(4)}, "missing or too short"),
+        ({"shared": True}, "two pieces share bytes"),
         ({"content": torch.ones(3)}, "in place of"),
         ({"content": torch.ones(2, dtype=torch.int32)}, "in place of"),
         ({"content": torch.ones(1).expand(2)}, None),

@@ -14,6 +14,7 @@ from accelerate.checkpoint import commit, durable, layout, manifest
 from accelerate.checkpoint.convert import merge_fsdp_weights
 from accelerate.checkpoint.describe import describe, describe_project, verify
 from accelerate.core.errors import CheckpointError
+from tests.fault.bounded import cost_of
 from tests.support.checkpoint_files import write_weights
 
 from .support import Counter, Run, Tied
@@ -159,6 +160,46 @@ def test_a_checkpoint_of_version_1_is_told_as_such_and_its_pickles_do_not_run(tm
     assert describe(folder).health == "unknown"
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "nothing"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "pytorch_model.bin", "optimizer.bin", ".metadata", "model_1.safetensors"]
+)
+def test_only_plain_files_are_opened(tmp_path: Path, name: str, kind: str) -> None:
+    folder = old_checkpoint(tmp_path / "c")
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    else:
+        (folder / name).symlink_to("/dev/zero" if kind == "device" else "absent")
+    cost = cost_of(lambda: print(describe(folder).problems))
+    assert cost.error == ""
+    assert f"{name}: it is no plain file" in describe(folder).problems
+
+
+def test_lists_that_hold_each_other_over_and_over_are_looked_into_once(tmp_path: Path) -> None:
+    value: list[Any] = [torch.ones(3)]
+    for _ in range(60):
+        value = [value, value]
+    value.append({"x": (torch.ones(1),)})
+    folder = old_checkpoint(tmp_path / "c", **{"custom_checkpoint_0.pkl": value})
+    rows = {file.name: file.num_tensors for file in describe(folder).files}
+    assert rows["custom_checkpoint_0.pkl"] == 2
+
+
+def test_a_link_out_of_the_folder_is_a_problem_as_it_is_for_load_state(tmp_path: Path) -> None:
+    run = Run().having(models=[Tied()])
+    folder = run.save(tmp_path / "c")
+    (folder / "model.safetensors").rename(tmp_path / "outside")
+    (folder / "model.safetensors").symlink_to(tmp_path / "outside")
+    assert verify(folder).problems == ("model.safetensors leads out of the folder",)
+    assert describe(folder).health == "incomplete"
+    assert "model.safetensors leads out of the folder" in describe(folder).problems
+    (folder / layout.MANIFEST_NAME).unlink()
+    assert "a link that leaves its folder" in "\n".join(describe(folder).problems)
+    with pytest.raises(CheckpointError, match="a link that leaves its folder"):
+        run.load(folder)
+
+
 def test_weights_alone(tmp_path: Path) -> None:
     write_weights({"a": torch.ones(3), "b": torch.ones(3)}, tmp_path / "model.safetensors", 12)
     assert (describe(tmp_path).form, describe(tmp_path).health) == ("weights", "complete")
@@ -198,13 +239,15 @@ def test_a_project_marks_the_checkpoint_that_would_be_loaded(tmp_path: Path) -> 
     shutil.rmtree(checkpoints / "checkpoint_9")
     (checkpoints / "checkpoint_9").mkdir()
     (checkpoints / "other").mkdir()
+    (checkpoints / "checkpoint_12").mkdir()
+    write_weights({"a": torch.ones(3)}, checkpoints / "checkpoint_12" / "model.safetensors")
     for place in (tmp_path, checkpoints):
         found = describe_project(place)
         assert found is not None
-        assert [Path(item.folder).name for item in found.checkpoints][:3] == [
-            "checkpoint_10", "checkpoint_9", "checkpoint_8",
+        assert [Path(item.folder).name for item in found.checkpoints][:4] == [
+            "checkpoint_12", "checkpoint_10", "checkpoint_9", "checkpoint_8",
         ]  # fmt: skip
-        assert len(found.checkpoints) == 11
+        assert len(found.checkpoints) == 12
         assert found.newest == "checkpoint_8"
     with pytest.warns(UserWarning, match="because newer ones cannot be"):
         assert run.load().folder.name == found.newest

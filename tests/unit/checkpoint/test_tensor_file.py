@@ -108,6 +108,11 @@ def test_a_type_that_the_format_has_no_word_for_is_refused_by_name() -> None:
         write_tensors(io.BytesIO(), {"z": TensorInfo("complex128", (1,), 16)}, torch.zeros, {})
 
 
+def test_a_tensor_cannot_have_the_name_of_the_header_itself() -> None:
+    with pytest.raises(CheckpointError, match="No tensor in a safetensors file can be called '__metadata__'"):
+        write_tensors(io.BytesIO(), {"__metadata__": TensorInfo("float32", (1,), 4)}, lambda _: torch.ones(1), {})
+
+
 def header(content: object, data: bytes = b"") -> bytes:
     text = content if isinstance(content, bytes) else json.dumps(content).encode()
     return len(text).to_bytes(8, "little") + text + data
