@@ -8,6 +8,7 @@ import os
 import pickle
 import random
 import re
+import shutil
 import struct
 import warnings
 import zipfile
@@ -22,9 +23,10 @@ import pytest
 import torch
 
 import accelerate.utils
-from accelerate.checkpoint import layout, train_state, trust, weights
+from accelerate.checkpoint import convert, describe, layout, train_state, trust, weights
 from accelerate.core.errors import CheckpointError
 from tests.fault.bounded import MB, cost_of
+from tests.fault.fuzz import sharded
 from tests.unit.checkpoint.support import Counter, Run
 
 # Torch says what it makes of strange files before it refuses them.
@@ -216,6 +218,53 @@ def test_what_other_libraries_pickle_is_not_looked_at(tmp_path: Path) -> None:
             (folder / name / inner).write_bytes(pickle.dumps(Canary(canary)))
     run().load(folder)
     assert not canary.exists()
+
+
+def _attempted(*actions: Callable[[], Any]) -> list[str]:
+    errors: list[str] = []
+    for action in actions:
+        try:
+            action()
+        except CheckpointError as error:
+            errors.append(str(error))
+    return errors
+
+
+@pytest.mark.parametrize("form", ["torch.save", "old torch.save", "pickle 4"])
+@pytest.mark.parametrize("kind", ["peer", "weights", "sharded", "own"])
+def test_no_command_runs_a_pickle_in_any_file_of_a_folder(tmp_path: Path, form: str, kind: str) -> None:
+    folder, canary, out = tmp_path / "c", tmp_path / "canary", tmp_path / "out"
+    if kind == "peer":
+        peer_folder(folder)
+    elif kind == "own":
+        run().save(folder)
+    else:
+        folder.mkdir()
+        torch.save(run().objects["models"][0].state_dict(), folder / layout.WEIGHTS_NAME)
+    shards = folder if kind == "sharded" else folder / "pytorch_model_fsdp_0"
+    sharded(shards)
+    files = {file for place in {folder, shards} for file in place.iterdir() if file.is_file()}
+    files |= {
+        place / name for place in {folder, shards} for name in ("x.distcp", "x.bin", "x.pkl", "x.pt", ".metadata")
+    }
+    if kind != "sharded":
+        files.discard(folder / ".metadata")  # it would make the whole folder a sharded one
+    for file in sorted(files):
+        before = file.read_bytes() if file.exists() else None
+        for poison in ({"x": Canary(canary)},):
+            file.write_bytes(FORMS[form](poison))
+            errors = _attempted(
+                lambda: describe.describe(folder),
+                lambda: describe.verify(folder),
+                lambda: convert.convert(convert.plan(folder), out),
+                lambda: convert.merge_fsdp_weights(shards, tmp_path / "merged"),
+            )
+            assert not canary.exists(), (file, errors)
+            if file == shards / ".metadata":
+                assert any(".metadata" in error for error in errors), errors
+            for made in (out, tmp_path / "merged"):
+                shutil.rmtree(made, ignore_errors=True)
+        file.unlink() if before is None else file.write_bytes(before)
 
 
 def test_the_canary_sings_where_it_is_let(tmp_path: Path) -> None:
