@@ -122,7 +122,8 @@ def _value(old: Any, draw: random.Random) -> Any:
         lambda: [draw.choice(NUMBERS) for _ in range(draw.randrange(4))],
         lambda: {draw.choice(TEXTS): draw.choice(NUMBERS)},
         lambda: _deep(old, draw),
-        lambda: [old] * draw.choice((2, 3, 100)),
+        # Copies of copies of a hundred would be gigabytes, and test the memory of this machine.
+        lambda: [old] * (draw.choice((2, 3)) if isinstance(old, list | dict) else 100),
         lambda: (
             old[: draw.randrange(len(old) + 1)] + draw.choice(TEXTS) if isinstance(old, str) else draw.choice(TEXTS)
         ),

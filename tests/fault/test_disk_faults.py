@@ -27,7 +27,7 @@ Fault = Callable[[Path], AbstractContextManager[None]]
 FAULTS: dict[str, tuple[Fault, tuple[str, ...]]] = {
     "small files": (disk.small_files, ("EFBIG", "ulimit -f", "bytes are free", "it needs")),
     "no descriptors": (disk.no_descriptors, ("EMFILE", "ulimit -n")),
-    "EIO on fsync": (disk.failing_fsync(disk.FSYNC_ERRORS["EIO on fsync"]), ("EIO", "dmesg", ".safetensors: ")),
+    "EIO on fsync": (disk.failing_fsync(disk.FSYNC_ERRORS["EIO on fsync"]), ("EIO", "dmesg", "/checkpoint_")),
     "EDQUOT on fsync": (disk.failing_fsync(disk.FSYNC_ERRORS["EDQUOT on fsync"]), ("EDQUOT", "quota", "free")),
     "read only": (disk.read_only, ("EROFS", "Mount it writable")),
     "no rights": (disk.no_rights, ("EACCES", "Let this user write")),

@@ -25,6 +25,7 @@ from .commit import Staging
 from .disk_errors import about
 from .files import File, PickleFile, TensorFile, TextFile
 from .manifest import FileEntry
+from .tensor_file import read_header
 from .trust import load, read_pickle, write_pickle
 
 __all__ = ["load", "load_weights", "plan_weights", "save", "save_model"]
@@ -355,6 +356,7 @@ def _check_header(file: Path) -> None:
     if header.count(b"data_offsets") > MAX_TENSORS:
         raise documents.damaged(file, f"it holds more than the {MAX_TENSORS} tensors that are read")
     documents.parse(header, dict[str, Any], file)
+    read_header(file)
 
 
 def complete_tied(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:

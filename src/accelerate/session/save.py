@@ -19,7 +19,7 @@ import torch
 from ..checkpoint import commit, full, gradients, layout, manifest, naming, train_state
 from ..checkpoint.background import Background, SaveHandle
 from ..checkpoint.files import File, SnapshotMemory
-from ..collectives import Exchange
+from ..collectives import Collectives, Exchange
 from ..core.errors import CheckpointError, SettingError, WrongTypeError, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
@@ -52,8 +52,15 @@ class Saving:
     def __init__(self, runtime: Runtime) -> None:
         self.background = Background(runtime.collectives)
         self.memory = SnapshotMemory(runtime.hardware)
-        self.line: Exchange | None = None
-        """How ranks talk while training goes on; made at the first save in the background."""
+        self._line: Exchange | None = None
+
+    def own_line(self, collectives: Collectives, staging: commit.Staging) -> Exchange:
+        """Return how ranks talk while training goes on. Called on all ranks; collective at the first save in background."""
+        if self._line is None:
+            # Agreed on: while one rank still connects, none may begin to write, and perhaps end.
+            with staging.kept_if_all_succeed(collectives):
+                self._line = collectives.second_line()
+        return self._line
 
     def release(self) -> None:
         """Wait for a save that still runs, and give its memory back.
@@ -142,10 +149,7 @@ def save_state(
     else:
         with staging.kept_if_all_succeed(collectives):
             files = take()
-        if (line := saving.line) is None:
-            # Agreed on too: while one rank still connects, none may begin to write, and perhaps end.
-            with staging.kept_if_all_succeed(collectives):
-                line = saving.line = collectives.second_line()
+        line = saving.own_line(collectives, staging)
         handle = saving.background.start(target, lambda: complete(line, lambda: files))
     project.iteration += 1
     return handle
