@@ -86,16 +86,26 @@ def _tensors(state: Any) -> Iterator[Any]:
         yield state
 
 
-def _seconds(*actions: Callable[[], Any], swapped: bool) -> list[float]:
-    """Return how long each takes; `swapped` begins with the last."""
+def _seconds(*actions: Callable[[], Any], swapped: bool, before: Callable[[], None] = lambda: None) -> list[float]:
+    """Return how long each takes; `swapped` begins with the last, and nobody measures what comes `before` each."""
     found = [0.0] * len(actions)
     for place in sorted(range(len(actions)), reverse=swapped):
+        before()
         start = time.perf_counter()
         handle = actions[place]()
         found[place] = time.perf_counter() - start
         if hasattr(handle, "wait"):  # a save in the background, which the next action shall not meet
             handle.wait()
     return found
+
+
+def _drop_from_memory(folder: Path) -> None:
+    """Let the next reader of these files wait for the disk, as after a restart of the machine."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as stream:
+                os.fdatasync(stream.fileno())
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _peak_bytes(action: Callable[[], Any]) -> int:
@@ -141,6 +151,9 @@ def work(folder: Path, megabytes: int) -> None:
             in_background = partial(state.save, "saved 2", blocking=False)
             print(*_seconds(state.save, in_background, swapped=swapped), flush=True)
             state.save_by_hand()  # for the loads that follow
+        elif what == "load from disk":
+            drop = partial(_drop_from_memory, folder)
+            print(*_seconds(state.load_by_hand, state.load, swapped=swapped, before=drop), flush=True)
         elif what.startswith("load"):
             options = {"verify": what.split()[1]} if is_ours and " " in what else {}
             load = partial(state.load, **options)
@@ -196,6 +209,7 @@ CASES = {
     "save": ("blocking save / torch.save and fsync", 1.15),
     "background": ("time until a background save returns / blocking save", 0.10),
     "load full": ("load, all hashes compared / torch.load(mmap=True), all read", 1.20),
+    "load from disk": ("the same, files not in memory", None),
     "load size": ("load, sizes compared / the same", None),
     "load off": ("load, nothing compared / the same", None),
 }
