@@ -149,14 +149,14 @@ DIFFERENCES = [
         "save_model writes into the folder of a checkpoint",
         "raises, unless they are the same weights",
         "weights of one moment with an optimizer of another",
-        "tests/unit/checkpoint/test_state.py::test_weights_are_not_saved_into_a_checkpoint_of_another_moment",
+        "tests/unit/checkpoint/test_neighbours.py::test_weights_are_not_saved_into_a_checkpoint_of_another_moment",
     ),
     Difference(
         "numbers_of_saves",
         "after loading an older checkpoint the next save is refused, since its folder exists",
         "gets the number behind all that are there",
         "a run that went back could not save",
-        "tests/unit/checkpoint/test_state.py::test_a_run_that_went_back_to_an_older_checkpoint_saves_behind_all_that_are_there",
+        "tests/unit/checkpoint/test_neighbours.py::test_a_run_that_went_back_to_an_older_checkpoint_saves_behind_all_that_are_there",
     ),
     Difference(
         "limit_below_one",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.optim import lr_scheduler
 
 from accelerate.checkpoint.background import SaveHandle
 from accelerate.checkpoint.files import File
@@ -72,6 +75,60 @@ class Run:
     def load(self, folder: Any = None, **options: Any) -> Loaded:
         contents = Contents(**self.objects)
         return load_state(contents, folder=folder, project=self.project, runtime=self.runtime, **options)
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
+    "step": lambda o: lr_scheduler.StepLR(o, 2),
+    "multistep": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
+    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
+    "onecycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
+    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
+    "sequential": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
+    ),
+    "chained": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+}
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+    "groups": lambda p: torch.optim.AdamW([{"params": [q], "lr": 0.01 * (i + 1)} for i, q in enumerate(p)]),
+    "lr tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
+}
+
+
+class Training:
+    """A few steps with dropout and noise of all generators."""
+
+    folder: Path
+
+    def __init__(self, optimizer: str, scheduler: str, seed: int):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2)
+        )
+        self.optimizer = OPTIMIZERS[optimizer](list(self.model.parameters()))
+        self.scheduler = SCHEDULERS[scheduler](self.optimizer)
+
+    def steps(self, count: int) -> list[float]:
+        losses = []
+        for _ in range(count):
+            data = torch.randn(6, 4) + random.random() + float(np.random.rand())
+            loss = self.model(data).square().mean()
+            loss.backward()
+            self.optimizer.step()
+            self.scheduler.step()
+            self.optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+
+    def run(self) -> Run:
+        return Run().having(models=[self.model], optimizers=[self.optimizer], schedulers=[self.scheduler])
 
 
 def write(folder: Path, files: Iterable[File]) -> None:

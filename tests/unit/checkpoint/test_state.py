@@ -15,74 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.optim import lr_scheduler
 
-from accelerate.checkpoint import commit, durable, full, layout, manifest, train_state
+from accelerate.checkpoint import commit, durable, layout, manifest, train_state
 from accelerate.checkpoint.train_state import plan_state
-from accelerate.checkpoint.weights import load, save_model
-from accelerate.collectives.single import SingleProcess
+from accelerate.checkpoint.weights import load
 from accelerate.core.errors import CheckpointError
 from accelerate.session import save as saving
 
-from .support import Counter, Run, Tied, same_bits, write
-
-_SCHEDULERS: dict[str, Callable[[Any], Any]] = {
-    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 0.9**epoch),
-    "step": lambda o: lr_scheduler.StepLR(o, 2),
-    "multistep": lambda o: lr_scheduler.MultiStepLR(o, [2, 5]),
-    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 10),
-    "restarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 3),
-    "onecycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=20),
-    "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, cycle_momentum=False),
-    "sequential": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [3]
-    ),
-    "chained": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
-}
-_OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, amsgrad=True),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
-    "groups": lambda p: torch.optim.AdamW([{"params": [q], "lr": 0.01 * (i + 1)} for i, q in enumerate(p)]),
-    "lr tensor": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01)),
-}
-
-
-class Training:
-    """A few steps with dropout and noise of all generators."""
-
-    folder: Path
-
-    def __init__(self, optimizer: str, scheduler: str, seed: int):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        self.model = torch.nn.Sequential(
-            torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2)
-        )
-        self.optimizer = _OPTIMIZERS[optimizer](list(self.model.parameters()))
-        self.scheduler = _SCHEDULERS[scheduler](self.optimizer)
-
-    def steps(self, count: int) -> list[float]:
-        losses = []
-        for _ in range(count):
-            data = torch.randn(6, 4) + random.random() + float(np.random.rand())
-            loss = self.model(data).square().mean()
-            loss.backward()
-            self.optimizer.step()
-            self.scheduler.step()
-            self.optimizer.zero_grad()
-            losses.append(loss.item())
-        return losses
-
-    def run(self) -> Run:
-        return Run().having(models=[self.model], optimizers=[self.optimizer], schedulers=[self.scheduler])
+from .support import OPTIMIZERS, SCHEDULERS, Counter, Run, Tied, Training, same_bits, write
 
 
 @pytest.mark.parametrize(
     ("optimizer", "scheduler"),
-    [("adamw", name) for name in _SCHEDULERS] + [(name, "step") for name in _OPTIMIZERS if name != "adamw"],
+    [("adamw", name) for name in SCHEDULERS] + [(name, "step") for name in OPTIMIZERS if name != "adamw"],
 )
 def test_a_resumed_run_goes_on_bit_for_bit(tmp_path: Path, optimizer: str, scheduler: str) -> None:
     first = Training(optimizer, scheduler, seed=1)
@@ -689,78 +634,3 @@ def test_rotation_that_fails_does_not_stop_the_run(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run.load()
-
-
-def test_a_run_that_went_back_to_an_older_checkpoint_saves_behind_all_that_are_there(tmp_path: Path) -> None:
-    run = Run(tmp_path, automatic_checkpoint_naming=True).having(custom_objects=[Counter(1)])
-    for _ in range(3):
-        run.save()
-    damaged = tmp_path / "checkpoints" / "checkpoint_2" / "custom_checkpoint_0.json"
-    damaged.write_bytes(damaged.read_bytes() + b" ")
-    again = Run(tmp_path, automatic_checkpoint_naming=True).having(custom_objects=[Counter()])
-    with pytest.warns(UserWarning, match="newer ones cannot be"):
-        assert again.load().folder.name == "checkpoint_1"
-    assert again.save().name == "checkpoint_3"
-    again.load(tmp_path / "checkpoints" / "checkpoint_0")
-    assert again.save().name == "checkpoint_4"
-
-
-def test_a_checkpoint_that_is_saved_anew_while_it_is_loaded_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    writer, reader = Training("adamw", "step", 1), Training("adamw", "step", 2)
-    writer.steps(1)
-    writer.run().save(tmp_path / "c")
-    real = full.load_model
-
-    def load_model(*args: Any) -> None:
-        writer.run().save(tmp_path / "c")
-        real(*args)
-
-    monkeypatch.setattr(full, "load_model", load_model)
-    with pytest.raises(CheckpointError, match="was saved anew while it was loaded"):
-        reader.run().load(tmp_path / "c")
-
-
-def _leave_link(folder: Path) -> None:
-    (folder / "base.bin").symlink_to("/etc/hostname")
-
-
-def _leave_drive(folder: Path) -> None:
-    (folder / "a:1.bin").touch()
-
-
-@pytest.mark.parametrize(
-    ("leave", "told"), [(_leave_link, "a link that leads out .*base.bin"), (_leave_drive, "other systems .*a:1.bin")]
-)
-def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path, leave: Callable[[Path], None], told: str) -> None:
-    def hook(models: Any, weights: Any, folder: str) -> None:
-        leave(Path(folder))
-
-    with pytest.raises(CheckpointError, match=told):
-        Run().save(tmp_path / "c", pre_hooks=[hook])
-    assert not (tmp_path / "c").exists()
-
-
-def test_files_of_others_with_names_of_a_checkpoint_are_not_removed(tmp_path: Path) -> None:
-    (tmp_path / "scheduler.json").write_text("mine")
-    (tmp_path / "model.safetensors").write_text("is replaced")
-    run = Run().having(models=[torch.nn.Linear(2, 2)])
-    with pytest.raises(CheckpointError, match="holds files with names that a checkpoint uses, and is none: scheduler"):
-        run.save(tmp_path)
-    assert (tmp_path / "model.safetensors").read_text() == "is replaced"
-    (tmp_path / "scheduler.json").unlink()
-    run.save(tmp_path)
-    run.load(tmp_path)
-
-
-def test_weights_are_not_saved_into_a_checkpoint_of_another_moment(tmp_path: Path) -> None:
-    training = Training("adamw", "step", 1)
-    training.steps(1)
-    training.run().save(tmp_path)
-    one = SingleProcess()
-    save_model(training.model.state_dict(), tmp_path, one)  # these are the same
-    training.steps(1)
-    with pytest.raises(CheckpointError, match="would not be what it was saved with"):
-        save_model(training.model.state_dict(), tmp_path, one)
-    training.run().load(tmp_path)
