@@ -20,7 +20,7 @@ import torch
 
 from ..support.ranks import free_port
 
-GRACE_SECONDS = 45.0
+GRACE_SECONDS = 60.0
 """How long ranks may run on after one of them has died."""
 
 READY = "ready"

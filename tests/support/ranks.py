@@ -50,6 +50,7 @@ def _work(rank: int, world_size: int, port: int, folder: str, fn: Callable[..., 
 
     torch.set_num_threads(1)
     gc.freeze()  # destructors of what the test process holds, such as stores and loaders, are not for its copies
+    gc.enable()
     status, value = "ok", None
     try:
         value = fn(*args)
@@ -88,8 +89,12 @@ def run_on_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: f
         workers = [
             context.Process(target=_work, args=(rank, world_size, port, folder, fn, args)) for rank in range(world_size)
         ]
-        for worker in workers:
-            worker.start()
+        gc.disable()  # until they have frozen it, they must not collect the garbage of this process either
+        try:
+            for worker in workers:
+                worker.start()
+        finally:
+            gc.enable()
         # A rank that died leaves the others waiting for it, so no rank is waited for alone.
         deadline, dead = time.monotonic() + timeout, []
         while (running := [worker.sentinel for worker in workers if worker.is_alive()]) and time.monotonic() < deadline:

@@ -135,7 +135,7 @@ class TorchCollectives(Collectives):
         return _SecondLine()
 
 
-_CONNECTING = dt.timedelta(seconds=30)
+_CONNECTING = dt.timedelta(seconds=10)  # gloo tries up to five times
 
 
 class _SecondLine:
