@@ -341,7 +341,8 @@ class _Decoder:
         return kinds[node.kind](dict(items))
 
     def _tensor(self, node: TensorNode) -> torch.Tensor:
-        # A copy: what was read may be a view of the file.
+        # A copy: what was read lies in the file, which is mapped, and optimizers keep what they load. The disk would not
+        # be freed when the file is removed, the tensor would change with it, and end the process if it is cut.
         value = self.tensors.pop(node.name).clone()
         if node.bytes_of is not None:
             value = value.view(_dtype(node.bytes_of)).reshape(node.shape or [])

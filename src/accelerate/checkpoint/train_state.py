@@ -23,7 +23,7 @@ from . import documents, layout, legacy
 from .codec import Inexpressible, decode, encode
 from .files import File, TensorFile, TextFile
 from .trust import read_trusted, write_pickle
-from .weights import check_count, own_copies, read_tensors
+from .weights import check_count, read_tensors
 
 FORMAT = 1
 
@@ -140,8 +140,7 @@ def read_state(folder: Path, stem: str, *, allow_pickle: bool = False) -> Any:
     if document.num_tensors:
         if not numbers.is_file():
             raise layout.MissingFile(explain(f"{structure} keeps tensors in {numbers.name}, which is not there."))
-        found, _ = read_tensors(numbers)
-        tensors = own_copies(found)  # optimizers keep them
+        tensors, _ = read_tensors(numbers)
     if len(tensors) != document.num_tensors:
         raise documents.damaged(structure, f"{document.num_tensors} tensors are named, and {len(tensors)} are there")
     return decode(document.state, tensors, str(structure))

@@ -319,8 +319,7 @@ def read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 def own_copies(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Return copies that do not lie in the file that the tensors were read from, for whoever keeps them.
 
-    A file that stays mapped takes up the disk after it is deleted, changes the tensors when it is written into, and
-    ends the process if it is cut. Names of the same tensor stay names of the same tensor.
+    As `codec.decode` does for states. Names of the same tensor stay names of the same tensor.
     """
     copies = {id(tensor): tensor for tensor in tensors.values()}
     copies = {place: tensor.clone() for place, tensor in copies.items()}
