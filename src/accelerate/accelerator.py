@@ -876,7 +876,7 @@ class Accelerator:
             load_model_kwargs=keywords,
             allow_pickle=allow_pickle,
         )
-        session.windows.load_state_dict(loaded.windows, loaded.step)
+        session.restore_windows(loaded.windows, loaded.step)
         session.loaded_from = loaded.folder
         if input_dir is None:
             session_preempt.tell_loaded(session)

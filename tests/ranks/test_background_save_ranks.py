@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.checkpoint import durable, layout
 from accelerate.collectives import torch_dist
 from accelerate.core.errors import CheckpointError
+from accelerate.topology import connect
 from tests.support.ranks import run_on_ranks
 
 
@@ -181,3 +182,44 @@ def _wait_longer_than_it_takes_to_connect() -> list[int]:
 
 def test_the_short_time_to_connect_is_not_the_time_that_writing_may_take() -> None:
     assert run_on_ranks(_wait_longer_than_it_takes_to_connect, 2) == [[0, 1], [0, 1]]
+
+
+def _meet_again(folder: Path) -> None:
+    accelerator, _ = begin()
+    accelerator.save_state(folder, blocking=False).wait()
+    store = connect.meeting_store()
+    connect.break_off()
+    accelerator.free_memory()
+    connect.join_again(store, "again")
+    accelerator.prepare(torch.nn.Linear(4, 4))
+    accelerator.save_state(folder, blocking=False).wait()
+
+
+def test_ranks_that_have_met_anew_save_in_the_background_too(tmp_path: Path) -> None:
+    run_on_ranks(_meet_again, 2, tmp_path / "c")
+
+
+def _connect_on_one_rank(folder: Path) -> list[str]:
+    accelerator, _ = begin()
+    told = []
+    real = torch_dist.TorchCollectives.second_line
+
+    def fails(collectives: Any) -> Any:
+        line = real(collectives)
+        if collectives.rank == 1:
+            raise RuntimeError("connect timeout")
+        return line
+
+    for second_line in (fails, real):
+        torch_dist.TorchCollectives.second_line = second_line
+        try:
+            accelerator.save_state(folder, blocking=False).wait()
+        except (CheckpointError, RuntimeError) as error:
+            told.append(str(error))
+    return told
+
+
+def test_after_a_line_that_one_rank_could_not_make_all_begin_alike(tmp_path: Path) -> None:
+    first, second = run_on_ranks(_connect_on_one_rank, 2, tmp_path / "c")
+    assert len(first) == len(second) == 1
+    assert "rank 1: RuntimeError: connect timeout" in first[0]

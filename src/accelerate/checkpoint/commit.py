@@ -212,7 +212,10 @@ class Staging:
             written = set(durable.files_below(area.staging))
             for name in written:
                 _check_replaceable(final, name)
-            journal = _Journal(area.staging.name, sorted(set(self._stale(final, written)) - written), sorted(written))
+            stale = sorted(set(self._stale(final, written)) - written)
+            for name in stale:  # now, not when it is decided: a folder that cannot be put in order is of no use
+                _check_removable(final, name)
+            journal = _Journal(area.staging.name, stale, sorted(written))
             with disk_errors.about(area.root / layout.JOURNAL_NAME):
                 (area.root / layout.JOURNAL_NAME).write_bytes(msgspec.json.encode(journal))
         durable.flush_tree(area.root if area.inside else area.staging)
@@ -330,6 +333,14 @@ def _check_replaceable(final: Path, name: str) -> None:
             explain(
                 f"{blocker} is in the way of the new {name!r}: one is a file, the other a folder.", remedy="Move it."
             )
+        )
+    _check_inside(final, name)
+
+
+def _check_removable(final: Path, name: str) -> None:
+    if (final / name).is_dir():
+        raise CheckpointError(
+            explain(f"{final / name} was a file of the older state, and is a folder now.", remedy="Move it away.")
         )
     _check_inside(final, name)
 

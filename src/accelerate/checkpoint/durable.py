@@ -65,7 +65,7 @@ def replace_file(file: Path, write: Callable[[Path], None]) -> None:
         file: What to replace or create.
         write: Writes the content to the path it is given, in the same folder.
     """
-    aside = file.with_name(f".accelerate-saving-{uuid.uuid4().hex[:8]}")
+    aside = file.with_name(f".accelerate-file-{uuid.uuid4().hex[:8]}")
     try:
         write(aside)
         flush_file(aside)

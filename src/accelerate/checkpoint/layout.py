@@ -72,9 +72,12 @@ _WEIGHTS = re.compile(rf"(model|pytorch_model)(?P<number>{_NUMBER}){_SHARD}\.(sa
 _OPTIMIZER = re.compile(rf"{OPTIMIZER_NAME}(?P<number>{_NUMBER})\.(json|bin|pkl)")
 _SCHEDULER = re.compile(rf"{SCHEDULER_NAME}(?P<number>{_NUMBER})\.(json|bin|pkl)")
 _SAMPLER = re.compile(rf"{SAMPLER_NAME}(?P<number>{_NUMBER})\.(json|bin|pkl)")
+_OF_RUN = rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?)"
+_OF_RANK = r"(random_states_[0-9]+|custom_checkpoint_[0-9]+)"
+# With the endings that this library or the peer gives them, and no others: `scaler.pkl` is somebody else's.
 _STATE = re.compile(
-    rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?"
-    r"|accumulation_rank[0-9]+|scaler|random_states_[0-9]+|custom_checkpoint_[0-9]+)\.(json|safetensors|bin|pkl|pt)"
+    rf"({_OF_RUN}|{_OF_RANK}|accumulation_rank[0-9]+|scaler)\.(json|safetensors)"
+    rf"|{_OF_RUN}\.bin|{_OF_RANK}\.pkl|{re.escape(SCALER_NAME)}"
 )
 
 

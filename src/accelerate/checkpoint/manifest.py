@@ -282,7 +282,7 @@ def stale_files(folder: Path, written: Collection[str]) -> list[str]:
     which state they belong to.
 
     Raises:
-        CheckpointError: If nothing says that they belong to a checkpoint: they are not ours to remove.
+        CheckpointError: If nothing says that one belongs to a checkpoint: it is not ours to remove.
     """
     try:
         found = read(folder)
@@ -290,11 +290,14 @@ def stale_files(folder: Path, written: Collection[str]) -> list[str]:
         found = None
     present = {path.name for path in folder.iterdir() if path.is_file()}
     named = {name for name in present if layout.is_checkpoint_file(name)}
-    gone = sorted((named | set(found.files if found else ())) - set(written))
-    if gone and not any(layout.marks_checkpoint(name) for name in present):
+    listed = set(found.files) | {layout.MANIFEST_NAME} if found else set[str]()
+    gone = sorted((named | listed) - set(written))
+    is_checkpoint = found is None and any(layout.marks_checkpoint(name) for name in present)
+    if strangers := [] if is_checkpoint else [name for name in gone if name not in listed]:
         raise CheckpointError(
             explain(
-                f"{folder} holds files with names that a checkpoint uses, and is none: {', '.join(gone[:5])}.",
+                f"{folder} holds files with names that a checkpoint uses, and that no checkpoint there lists: "
+                f"{', '.join(strangers[:5])}. They may be weights of save_model, or of another library.",
                 remedy="Save into another folder, or move them away.",
             )
         )

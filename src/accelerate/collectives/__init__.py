@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .base import Collectives, Exchange
+from .base import Collectives, Exchange, Line
 from .checked import CheckedCollectives
 from .single import SingleProcess
 from .torch_dist import TorchCollectives
 
-__all__ = ["CheckedCollectives", "Collectives", "Exchange", "SingleProcess", "TorchCollectives"]
+__all__ = ["CheckedCollectives", "Collectives", "Exchange", "Line", "SingleProcess", "TorchCollectives"]

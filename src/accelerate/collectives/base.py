@@ -26,6 +26,14 @@ class Exchange(Protocol):
         ...
 
 
+class Line(Exchange, Protocol):
+    """An exchange of its own, beside the operations of the main thread."""
+
+    def is_open(self) -> bool:
+        """Tell whether it still works; the same on all ranks. It does not when the ranks have met anew."""
+        ...
+
+
 class Collectives(ABC):
     """Operations that all ranks call together. Each blocks until the others have come."""
 
@@ -94,7 +102,7 @@ class Collectives(ABC):
         """Return once every rank has come."""
 
     @abstractmethod
-    def second_line(self) -> Exchange:
+    def second_line(self) -> Line:
         """Return another way to talk between all ranks, which one other thread may use at the same time.
 
         Called on all ranks; collective. Goes with the process group.

@@ -12,7 +12,7 @@ import torch
 
 from ..core.errors import DistributedOperationException, explain
 from ..core.tree import tree_map
-from .base import Collectives, Exchange, Guard
+from .base import Collectives, Guard, Line
 
 
 class CheckedCollectives(Collectives):
@@ -84,7 +84,7 @@ class CheckedCollectives(Collectives):
     def barrier(self) -> None:
         self.inner.barrier()
 
-    def second_line(self) -> Exchange:
+    def second_line(self) -> Line:
         return self.inner.second_line()
 
 

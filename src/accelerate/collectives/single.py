@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .base import Collectives, Exchange
+from .base import Collectives, Line
 
 
 class SingleProcess(Collectives):
@@ -43,5 +43,8 @@ class SingleProcess(Collectives):
     def barrier(self) -> None:
         return None
 
-    def second_line(self) -> Exchange:
+    def second_line(self) -> Line:
         return self
+
+    def is_open(self) -> bool:
+        return True

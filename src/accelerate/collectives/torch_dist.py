@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..topology import connect
-from .base import Collectives, Exchange
+from .base import Collectives, Line
 
 # Torch 2.13 renames the call; the old name warns there, the new one is absent before.
 _all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -131,7 +131,7 @@ class TorchCollectives(Collectives):
         self._ask("barrier")
         dist.barrier(**self._barrier_options)
 
-    def second_line(self) -> Exchange:
+    def second_line(self) -> Line:
         return _SecondLine()
 
 
@@ -146,6 +146,7 @@ class _SecondLine:
         group: Any = dist.new_group(backend="gloo", timeout=_CONNECTING)
         distributed_c10d._set_pg_timeout(connect.group_timeout(), group)
         self._group = group
+        self._under = dist.group.WORLD
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
@@ -153,6 +154,9 @@ class _SecondLine:
         objects: list[Any] = [None] * self.world_size
         dist.all_gather_object(objects, obj, group=self._group)
         return objects
+
+    def is_open(self) -> bool:
+        return dist.is_initialized() and dist.group.WORLD is self._under
 
 
 def _as_rows(tensor: torch.Tensor) -> torch.Tensor:

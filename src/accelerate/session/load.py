@@ -103,8 +103,10 @@ def load_state(
         _check_counts(source, given, strict, evaluates=evaluates, tell=runtime.process.rank == 0)
         trained_on = () if evaluates else contents.dataloaders
         saved_ranks = choice.manifest.world_size if choice.manifest else None
-        with _fitting(source, layout.windows_stem(runtime.process.rank)):
-            windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
+        windows = None
+        if not evaluates:  # gradients are of no use then
+            with _fitting(source, layout.windows_stem(runtime.process.rank)):
+                windows = gradients.read_windows(source, runtime.process.rank, runtime.process.world_size, saved_ranks)
         parts = _read_shared(source, contents, allow_pickle)
         for stem in _stems_of_loaders(trained_on, runtime.process.rank):
             train_state.check_pickle(source, stem, allow_pickle)

@@ -19,7 +19,7 @@ import torch
 from ..checkpoint import commit, full, gradients, layout, manifest, naming, train_state
 from ..checkpoint.background import Background, SaveHandle
 from ..checkpoint.files import File, SnapshotMemory
-from ..collectives import Collectives, Exchange
+from ..collectives import Collectives, Exchange, Line
 from ..core.errors import CheckpointError, SettingError, WrongTypeError, explain
 from ..runtime.state import Runtime
 from ..settings.options.project import ProjectConfiguration
@@ -52,14 +52,15 @@ class Saving:
     def __init__(self, runtime: Runtime) -> None:
         self.background = Background(runtime.collectives)
         self.memory = SnapshotMemory(runtime.hardware)
-        self._line: Exchange | None = None
+        self._line: Line | None = None
 
     def own_line(self, collectives: Collectives, staging: commit.Staging) -> Exchange:
         """Return how ranks talk while training goes on. Called on all ranks; collective at the first save in background."""
-        if self._line is None:
+        if self._line is None or not self._line.is_open():
             # Agreed on: while one rank still connects, none may begin to write, and perhaps end.
             with staging.kept_if_all_succeed(collectives):
-                self._line = collectives.second_line()
+                line = collectives.second_line()
+            self._line = line  # not before all have one: the next save has to begin alike on all ranks
         return self._line
 
     def release(self) -> None:

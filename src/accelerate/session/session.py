@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import commit
 from ..core.errors import SettingError, UnsupportedCombination, explain
 from ..parallel.base import Strategy
 from ..parallel.job import Job, is_marked
@@ -126,6 +127,15 @@ class Session:
             scaler=self.plan.precision.scaler,
             custom_objects=self.custom_objects,
         )
+
+    def restore_windows(self, windows: Any, step: int) -> None:
+        """Continue windows of accumulation that a checkpoint holds. Called on all ranks; collective.
+
+        Raises:
+            CheckpointError: On all ranks, if a gradient does not fit a parameter on one.
+        """
+        with commit.together(self.plan.runtime.collectives, "The gradients in the checkpoint were not put back"):
+            self.windows.load_state_dict(windows, step)
 
     def forget(self) -> None:
         """Drop everything that was prepared."""

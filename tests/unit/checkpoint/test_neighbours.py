@@ -72,7 +72,7 @@ def test_files_of_others_with_names_of_a_checkpoint_are_not_removed(tmp_path: Pa
     (tmp_path / "scheduler.json").write_text("mine")
     (tmp_path / "model.safetensors").write_text("is replaced")
     run = Run().having(models=[torch.nn.Linear(2, 2)])
-    with pytest.raises(CheckpointError, match="holds files with names that a checkpoint uses, and is none: scheduler"):
+    with pytest.raises(CheckpointError, match="that no checkpoint there lists: scheduler"):
         run.save(tmp_path)
     assert (tmp_path / "model.safetensors").read_text() == "is replaced"
     (tmp_path / "scheduler.json").unlink()
@@ -90,3 +90,43 @@ def test_weights_are_not_saved_into_a_checkpoint_of_another_moment(tmp_path: Pat
     with pytest.raises(CheckpointError, match="would not be what it was saved with"):
         save_model(training.model.state_dict(), tmp_path, one)
     training.run().load(tmp_path)
+
+
+def test_files_that_only_sound_like_a_checkpoint_are_left_alone(tmp_path: Path) -> None:
+    run = Run().having(models=[torch.nn.Linear(2, 2)])
+    mine = ["scaler.pkl", "optimizer.pt", "scheduler.pt", "rng_state.pth", "sampler.txt"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    run.save(tmp_path)
+    run.load(tmp_path)
+    run.save(tmp_path)
+    assert {(tmp_path / name).read_text() for name in mine} == {"mine"}
+
+
+def test_a_file_that_came_into_a_checkpoint_is_not_removed(tmp_path: Path) -> None:
+    run = Run().having(models=[torch.nn.Linear(2, 2)])
+    run.save(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"no checkpoint there lists: pytorch_model\.bin"):
+        run.save(tmp_path)
+    assert (tmp_path / "pytorch_model.bin").read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_an_old_file_is_found_before_the_decision(tmp_path: Path) -> None:
+    def hook(models: Any, weights: Any, folder: str) -> None:
+        Path(folder, "sub").mkdir()
+        Path(folder, "sub", "x").write_text("1")
+
+    run = Run().having(custom_objects=[Counter(1)])
+    run.save(tmp_path / "c", pre_hooks=[hook])
+    (tmp_path / "c" / "sub").rename(tmp_path / "elsewhere")
+    (tmp_path / "c" / "sub").symlink_to(tmp_path / "elsewhere")
+    run.objects["custom_objects"][0].value = 2
+    with pytest.raises(CheckpointError, match="leads out of"):
+        run.save(tmp_path / "c")
+    assert (tmp_path / "elsewhere" / "x").exists()
+    (tmp_path / "c" / "sub").unlink()
+    (tmp_path / "elsewhere").rename(tmp_path / "c" / "sub")
+    run.save(tmp_path / "c")
+    run.load(tmp_path / "c")
+    assert not (tmp_path / "c" / "sub" / "x").exists()
