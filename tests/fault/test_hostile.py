@@ -60,11 +60,16 @@ def test_shards_elsewhere(tmp_path: Path, shard: str) -> None:
     assert layout.SAFE_WEIGHTS_INDEX_NAME in text
 
 
+def made(content: Any) -> Any:
+    """Return the content of a file. Large ones are made when they are needed: forks copy what the test process holds."""
+    return content() if callable(content) else content
+
+
 @pytest.mark.parametrize(
     "content",
     [
-        {"weight_map": {f"t{number}": "model.safetensors" for number in range(1_000_000)}},
-        {"weight_map": {f"t{number}": f"s{number}" for number in range(100_000)}},
+        lambda: {"weight_map": {f"t{number}": "model.safetensors" for number in range(1_000_000)}},
+        lambda: {"weight_map": {f"t{number}": f"s{number}" for number in range(100_000)}},
         {"weight_map": {"x" * 5000: "absent"}},
         {"weight_map": ["x"]},
         {"weight_map": {"x": {"y": "z"}}},
@@ -78,7 +83,7 @@ def test_shards_elsewhere(tmp_path: Path, shard: str) -> None:
     ids=["1e6", "1e5 shards", "long", "list", "nested", "twice", "twice outside", "NaN", "deep", "BOM", "empty"],
 )
 def test_an_index_of_the_wrong_kind(tmp_path: Path, content: Any) -> None:
-    assert layout.SAFE_WEIGHTS_INDEX_NAME in costs_little(tmp_path, index(tmp_path, content))
+    assert layout.SAFE_WEIGHTS_INDEX_NAME in costs_little(tmp_path, index(tmp_path, made(content)))
 
 
 # Safetensors ----------------------------------------------------------------------------------------------------------
@@ -93,13 +98,13 @@ def safetensors_file(header: Any, data: bytes = b"", length: int | None = None) 
     return struct.pack("<Q", len(text) if length is None else length) + text + data
 
 
-HEADERS = {
+HEADERS: dict[str, bytes | Callable[[], bytes]] = {
     "empty": b"",
     "short": b"\x01\0\0",
     "longer than the file": safetensors_file({}, length=100),
     "100 MB": safetensors_file({}, length=100_000_000),
-    "100 MB that are there": safetensors_file(b" " * 100_000_000),
-    "100 MB of names": safetensors_file(
+    "100 MB that are there": lambda: safetensors_file(b" " * 100_000_000),
+    "100 MB of names": lambda: safetensors_file(
         b"{"
         + b",".join(b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}' % number for number in range(1_500_000))
         + b"}"
@@ -133,7 +138,7 @@ HEADERS = {
 
 @pytest.mark.parametrize("name", HEADERS)
 def test_headers_of_safetensors(tmp_path: Path, name: str) -> None:
-    (tmp_path / "model.safetensors").write_bytes(HEADERS[name])
+    (tmp_path / "model.safetensors").write_bytes(made(HEADERS[name]))
     assert "model.safetensors" in costs_little(tmp_path, lambda: weights.load_weights(tmp_path))
 
 
@@ -199,15 +204,15 @@ def node(type_: Any, /, **fields: Any) -> str:
     return json.dumps({"$type": type_, **fields})
 
 
-DOCUMENTS = {
+DOCUMENTS: dict[str, bytes | Callable[[], bytes]] = {
     "deep lists": document("[" * 10_000 + "]" * 10_000),
     "deep objects": document('{"a":' * 10_000 + "1" + "}" * 10_000),
     "deep nodes": document('{"$type":"sequence","kind":"tuple","items":[' * 300 + "]}" * 300),
-    "100 MB of brackets": document("[" * 100_000_000),
-    "100 MB of lists": document("[" + "[]," * 33_000_000 + "[]]"),
-    "100 MB of objects": document("[" + "{}," * 33_000_000 + "{}]"),
-    "100 MB of numbers": document("[" + "0," * 50_000_000 + "0]"),
-    "100 MB of digits": document("9" * 100_000_000),
+    "100 MB of brackets": lambda: document("[" * 100_000_000),
+    "100 MB of lists": lambda: document("[" + "[]," * 33_000_000 + "[]]"),
+    "100 MB of objects": lambda: document("[" + "{}," * 33_000_000 + "{}]"),
+    "100 MB of numbers": lambda: document("[" + "0," * 50_000_000 + "0]"),
+    "100 MB of digits": lambda: document("9" * 100_000_000),
     "twice": document('{"a":1,"a":2}'),
     "twice at the top": b'{"format":1,"format":1,"num_tensors":0,"state":{}}',
     "NaN": document("NaN"),
@@ -252,7 +257,7 @@ DOCUMENTS = {
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_documents(tmp_path: Path, name: str) -> None:
-    (tmp_path / "optimizer.json").write_bytes(DOCUMENTS[name])
+    (tmp_path / "optimizer.json").write_bytes(made(DOCUMENTS[name]))
     assert "optimizer" in costs_little(tmp_path, lambda: train_state.read_state(tmp_path, "optimizer"))
 
 
