@@ -676,6 +676,15 @@ def without_gradients(folder: Path) -> str:
     return str(caught.value)
 
 
+def evaluated_without_gradients(folder: Path) -> float:
+    accelerator = fresh()
+    model = accelerator.prepare(network())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the optimizer that is left behind
+        accelerator.load_state(folder)
+    return float(sum(parameter.detach().double().sum() for parameter in model.parameters()))
+
+
 def test_gradients_of_a_rank_that_are_missing_are_an_error(tmp_path: Path) -> None:
     run_on_ranks(one_window, 2, 0, 2, tmp_path / "state", False)
     folder = tmp_path / "state"
@@ -686,6 +695,7 @@ def test_gradients_of_a_rank_that_are_missing_are_an_error(tmp_path: Path) -> No
         (folder / name).unlink()
         del files[name]
     (folder / layout.MANIFEST_NAME).write_bytes(manifest.to_bytes(msgspec.structs.replace(found, files=files)))
+    assert run_on_ranks(evaluated_without_gradients, 1, folder), "an evaluation has no use for them"
     (text,) = run_on_ranks(without_gradients, 1, tmp_path / "state")
     assert "was saved in the middle of a window of accumulation, and the gradients of rank 1 are not there" in text
 

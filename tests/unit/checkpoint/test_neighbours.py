@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from accelerate.checkpoint import full
+from accelerate.checkpoint import full, layout
 from accelerate.checkpoint.weights import save_model
 from accelerate.collectives.single import SingleProcess
 from accelerate.core.errors import CheckpointError
@@ -124,6 +124,7 @@ def test_a_folder_in_the_place_of_an_old_file_is_found_before_the_decision(tmp_p
     run.objects["custom_objects"][0].value = 2
     with pytest.raises(CheckpointError, match="leads out of"):
         run.save(tmp_path / "c")
+    assert not (tmp_path / "c" / layout.COMMIT_NAME).exists(), "it was decided, and cannot be done"
     assert (tmp_path / "elsewhere" / "x").exists()
     (tmp_path / "c" / "sub").unlink()
     (tmp_path / "elsewhere").rename(tmp_path / "c" / "sub")
