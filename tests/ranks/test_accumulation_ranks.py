@@ -20,6 +20,8 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from accelerate import Accelerator
 from accelerate.checkpoint import layout, manifest
+from accelerate.checkpoint.train_state import plan_state, read_state
+from accelerate.core.errors import CheckpointError
 from accelerate.data.global_batch import GlobalBatch
 from accelerate.data.shards import Padding
 from accelerate.state import AcceleratorState, GradientState
@@ -745,3 +747,27 @@ def test_the_rate_is_the_same_function_of_the_samples_seen() -> None:
                 assert found == same, (world_size, count, steps, units)
     # By whole global steps, the last batches that do not fill all ranks count as if they did.
     assert others[1][26, 1, None] != {s: r for s, r in alone[26, 1, None].items() if s in others[1][26, 1, None]}
+
+
+def resized_gradients(folder: Path) -> str:
+    """Let rank 1 find gradients of another shape than its parameters; return what a rank is told."""
+    accelerator, *_ = setup(gradient_accumulation_steps=STEPS)
+    if accelerator.process_index == 1:
+        stem = layout.windows_stem(1)
+        (window,) = read_state(folder, stem)
+        ((owner, gradients),) = window["gradients"].items()
+        name = next(iter(gradients))
+        window["gradients"] = {owner: {**gradients, name: torch.zeros(3, 5, 7)}}
+        for file in plan_state(stem, [window]):
+            file.write(folder)
+    accelerator.wait_for_everyone()
+    with pytest.raises(CheckpointError) as caught:
+        accelerator.load_state(folder, verify="off")
+    return str(caught.value)
+
+
+def test_gradients_that_do_not_fit_on_one_rank_are_an_error_on_all(tmp_path: Path) -> None:
+    run_on_ranks(one_window, 2, 0, 2, tmp_path / "state", False)
+    told = run_on_ranks(resized_gradients, 2, tmp_path / "state")
+    assert "(3, 5, 7)" in told[1]
+    assert "rank 1" in told[0] and "(3, 5, 7)" in told[0]
