@@ -24,7 +24,7 @@ check: setup  ## style and types
 	$(BIN)/pyright
 
 test: check  ## everything that runs without a GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 full: setup  ## the exhaustive forms too
 	$(BIN)/python -m pytest -m "full or not full" --timeout 0

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 SAMPLES, BATCH, EPOCHS = 72, 12, 3  # batches that 1, 2, 3 and 4 processes can share
 
@@ -65,11 +65,17 @@ def train(
     parts: int = 1,
     save_each: bool = False,
     epochs: int = EPOCHS,
+    fixed_buckets: bool = False,
 ) -> tuple[int, str, str]:
     """Train; return how many samples were trained on, their hash, and that of the weights."""
     project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, save_on_signals=signals)
     accelerator = Accelerator(
-        cpu=True, project_config=project, dataloader_config=DataLoaderConfiguration(global_batch_size=BATCH)
+        cpu=True,
+        project_config=project,
+        dataloader_config=DataLoaderConfiguration(global_batch_size=BATCH),
+        # Otherwise DDP arranges its buckets anew after the first backward of a process. The sums of three and more ranks
+        # are rounded by their place in a bucket, and the first step after a restart would differ in the last bit.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)] if fixed_buckets else [],
     )
     sender = Sender(place, getattr(signal, name), to, accelerator.process_index)
     torch.manual_seed(0)
