@@ -49,7 +49,7 @@ crash: setup  ## cut saves off at every call, by lost power and at random, and l
 	$(BIN)/python -m tests.crash.suite
 
 crash-peer: setup .peer  ## the same on Accelerate 1.15, which fails
-	-PYTHONPATH=.peer $(BIN)/python -m tests.crash.suite --states 500 --kills 300 --chunk 1
+	-PYTHONPATH=.peer $(BIN)/python -m tests.crash.suite --modes blocking --states 500 --kills 300 --chunk 1
 
 preemption: setup  ## runs of 1, 2 and 3 processes, told to end at every kind of place and continued on 1, 2 and 3
 	$(BIN)/python -m pytest -m "full or not full" tests/ranks/test_preemption_ranks.py tests/fault/test_preempted.py -s --timeout 0
