@@ -65,18 +65,19 @@ FILES_PREFIX = "files-"
 
 _LONGEST_NAME = 255
 """Bytes, on every file system in use."""
-_CHECKPOINT = re.compile(r"checkpoint_(0|[1-9][0-9]*)")
-_NUMBER = r"(_[1-9][0-9]*)?"
+# No save counts further than 18 digits, and Python refuses to read numbers of thousands.
+_CHECKPOINT = re.compile(r"checkpoint_(0|[1-9][0-9]{0,17})")
+_NUMBER = r"(_[1-9][0-9]{0,17})?"
 _SHARD = r"(-[0-9]{5}-of-[0-9]{5})?"
 _WEIGHTS = re.compile(rf"(model|pytorch_model)(?P<number>{_NUMBER}){_SHARD}\.(safetensors|bin)(\.index\.json)?")
 _OPTIMIZER = re.compile(rf"{OPTIMIZER_NAME}(?P<number>{_NUMBER})\.(json|bin|pkl)")
 _SCHEDULER = re.compile(rf"{SCHEDULER_NAME}(?P<number>{_NUMBER})\.(json|bin|pkl)")
 _SAMPLER = re.compile(rf"{SAMPLER_NAME}(?P<number>{_NUMBER})\.(json|bin|pkl)")
-_OF_RUN = rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]+)?)"
-_OF_RANK = r"(random_states_[0-9]+|custom_checkpoint_[0-9]+)"
+_OF_RUN = rf"(optimizer{_NUMBER}|scheduler{_NUMBER}|sampler{_NUMBER}|dl_state_dict{_NUMBER}(_rank[0-9]{{1,18}})?)"
+_OF_RANK = r"(random_states_[0-9]{1,18}|custom_checkpoint_[0-9]{1,18})"
 # With the endings that this library or the peer gives them, and no others: `scaler.pkl` is somebody else's.
 _STATE = re.compile(
-    rf"({_OF_RUN}|{_OF_RANK}|accumulation_rank[0-9]+|scaler)\.(json|safetensors)"
+    rf"({_OF_RUN}|{_OF_RANK}|accumulation_rank[0-9]{{1,18}}|scaler)\.(json|safetensors)"
     rf"|{_OF_RUN}\.bin|{_OF_RANK}\.pkl|{re.escape(SCALER_NAME)}"
 )
 
@@ -89,17 +90,17 @@ _KINDS = (
     (rf"optimizer{_NUMBER}\.\w+", "optimizer {}"),
     (rf"scheduler{_NUMBER}\.\w+", "scheduler {}"),
     (rf"sampler{_NUMBER}\.\w+", "position of loader {}"),
-    (rf"dl_state_dict{_NUMBER}_rank([0-9]+)\.\w+", "what rank {1} has read of loader {0}"),
+    (rf"dl_state_dict{_NUMBER}_rank([0-9]{{1,18}})\.\w+", "what rank {1} has read of loader {0}"),
     (rf"dl_state_dict{_NUMBER}\.\w+", "what one rank has read of loader {}"),
-    (r"random_states_([0-9]+)\.\w+", "random states of rank {}"),
-    (r"accumulation_rank([0-9]+)\.\w+", "open windows of accumulation of rank {}"),
+    (r"random_states_([0-9]{1,18})\.\w+", "random states of rank {}"),
+    (r"accumulation_rank([0-9]{1,18})\.\w+", "open windows of accumulation of rank {}"),
     (r"scaler\.\w+", "gradient scaler"),
-    (r"custom_checkpoint_([0-9]+)\.\w+", "registered object {}"),
-    (r"pytorch_model_fsdp_([0-9]+)/\.metadata", "weights of model {}: which piece lies where"),
-    (r"pytorch_model_fsdp_([0-9]+)/.*\.distcp", "weights of model {}, in pieces"),
-    (r"optimizer_([0-9]+)/\.metadata", "optimizer {}: which piece lies where"),
-    (r"optimizer_([0-9]+)/.*\.distcp", "optimizer {}, in pieces"),
-    (r"pytorch_model_fsdp(_[0-9]+)?\.bin", "weights of model {}"),
+    (r"custom_checkpoint_([0-9]{1,18})\.\w+", "registered object {}"),
+    (r"pytorch_model_fsdp_([0-9]{1,18})/\.metadata", "weights of model {}: which piece lies where"),
+    (r"pytorch_model_fsdp_([0-9]{1,18})/.*\.distcp", "weights of model {}, in pieces"),
+    (r"optimizer_([0-9]{1,18})/\.metadata", "optimizer {}: which piece lies where"),
+    (r"optimizer_([0-9]{1,18})/.*\.distcp", "optimizer {}, in pieces"),
+    (r"pytorch_model_fsdp(_[0-9]{1,18})?\.bin", "weights of model {}"),
     (r"\.metadata", "which piece lies where"),
     (r".*\.distcp", "tensors in pieces"),
 )
@@ -167,7 +168,7 @@ def pickle_file(stem: str) -> str:
 
 def custom_indices(names: Iterable[str]) -> set[int]:
     """Return the numbers of the registered objects in a folder with these names, ours or the peer's."""
-    found = (re.fullmatch(rf"{CUSTOM_NAME}_([0-9]+)\.(json|pkl)", name) for name in names)
+    found = (re.fullmatch(rf"{CUSTOM_NAME}_([0-9]{{1,18}})\.(json|pkl)", name) for name in names)
     return {int(match.group(1)) for match in found if match}
 
 
@@ -200,7 +201,7 @@ def is_checkpoint_file(name: str) -> bool:
 
 def marks_checkpoint(name: str) -> bool:
     """Tell whether a file of this name stands nowhere but in a save of the whole state, ours or the peer's."""
-    return name == MANIFEST_NAME or re.fullmatch(rf"{RNG_STATE_NAME}_[0-9]+\.(json|pkl)", name) is not None
+    return name == MANIFEST_NAME or re.fullmatch(rf"{RNG_STATE_NAME}_[0-9]{{1,18}}\.(json|pkl)", name) is not None
 
 
 def in_words(name: str) -> str:
