@@ -546,7 +546,8 @@ class _RecordReader(_DataReader):
             return dtype
         found = self._known.get((module, name))
         if found is None:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which its kind of file has no use for")
+            # A name in a file can be as long as the file.
+            raise pickle.UnpicklingError(f"it names {module:.200}.{name:.200}, which its kind of file has no use for")
         return found
 
     def load_build(self) -> None:
