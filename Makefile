@@ -3,7 +3,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test check full clean-exit faults fuzz exact metrics-grid crash crash-peer preemption bench
+.PHONY: setup demo test check full clean-exit faults fuzz exact metrics-grid crash crash-peer preemption session
+.PHONY: rank-death notebook preflight two-hosts slurm mpi deepspeed-launcher ray bench
 
 setup: $(VENV)/.installed  ## make .venv and install everything into it
 
@@ -53,6 +54,48 @@ crash-peer: setup .peer  ## the same on Accelerate 1.15, which fails
 
 preemption: setup  ## runs of 1, 2 and 3 processes, told to end at every kind of place and continued on 1, 2 and 3
 	$(BIN)/python -m pytest -m "full or not full" tests/ranks/test_preemption_ranks.py tests/fault/test_preempted.py -s --timeout 0
+
+session: setup  ## type a first session into a real terminal, config and launch, and write its page; needs tmux
+	$(BIN)/python -m tests.examples.session
+
+RUNS ?= 96
+rank-death: setup  ## one rank of 2 and 4 dies in every way, RUNS times, after 20 launches at once; then signals of all kinds
+	$(BIN)/python -m pytest -m "full or not full" tests/fault/test_rank_death.py -k "not every_way" -s --timeout 0
+	$(BIN)/python -m tests.fault.rank_death --runs $(RUNS)
+
+notebook: setup  ## notebooks in a real Jupyter kernel: forks and new interpreters, failures, the stop button
+	$(BIN)/python -m pytest -m "full or not full" tests/notebook tests/unit/launch/test_notebook.py --timeout 0
+
+preflight: setup  ## the check of the links between ranks: stopped, missing and blocked ranks, 2 and 4 processes
+	$(BIN)/python -m pytest -m "full or not full" tests/unit/launch/test_preflight.py tests/ranks/test_links.py tests/cli/test_preflight.py --timeout 0
+
+# The next five need root: for network namespaces, and to install what they try.
+two-hosts: setup  ## runs over two hosts, each a network namespace; one of them falls and comes back
+	$(BIN)/python -m pytest -m "full or not full" tests/clusters/test_two_hosts.py tests/cli/test_several_launchers.py -rs --timeout 600
+
+slurm: setup  ## a real SLURM of two nodes on this machine: srun and sbatch, without flags
+	command -v slurmctld munged >/dev/null || (apt-get update -q && apt-get install -qy --no-install-recommends slurm-wlm munge)
+	$(BIN)/python -m pytest -m full tests/clusters/test_slurm.py -rs --timeout 600
+
+mpi: setup  ## real runs of Open MPI and MPICH
+	command -v mpirun.openmpi mpirun.mpich >/dev/null || (apt-get update -q && apt-get install -qy --no-install-recommends openmpi-bin mpich)
+	$(BIN)/python -m pytest -m full tests/clusters/test_mpi.py -rs --timeout 600
+
+deepspeed-launcher: .deepspeed/.installed  ## real runs by DeepSpeed's launcher: one host, Open MPI, two hosts
+	(command -v ompi_info && command -v pdsh) >/dev/null || (apt-get update -q && apt-get install -qy --no-install-recommends openmpi-bin pdsh)
+	.deepspeed/bin/python -m pytest -m full tests/clusters/test_deepspeed.py -rs --timeout 600
+
+.deepspeed/.installed: pyproject.toml
+	$(PYTHON) -m venv .deepspeed
+	.deepspeed/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 numpy setuptools wheel
+	.deepspeed/bin/pip install --quiet --disable-pip-version-check deepspeed==0.19.8 scikit-learn pytest pytest-timeout hypothesis -e .
+	touch $@
+
+ray: setup .ray  ## a real group of two workers of Ray Train
+	PYTHONPATH=.ray $(BIN)/python -m pytest -m full tests/clusters/test_ray.py -rs --timeout 600
+
+.ray:
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $@ 'ray[train]==2.60.*'
 
 bench: setup .peer  ## time this library against hand-written PyTorch and Accelerate 1.15
 	$(BIN)/python benchmarks/run.py

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,16 @@ _NOT_OURS = {
 # Torch's store looks up the name of each address that connects, in the domain name system, and has no answer until a
 # lost packet has timed out: five seconds, twice.
 os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
+
+# Relative folders mean others to the processes that tests start elsewhere, which would then test another installation.
+if paths := os.environ.get("PYTHONPATH"):
+    os.environ["PYTHONPATH"] = os.pathsep.join(str(Path(path).resolve()) for path in paths.split(os.pathsep) if path)
+
+# `nohup make test` and `make test &` set these off, for all processes that tests start too; tests are about those who
+# hear them.
+for _name in ("SIGINT", "SIGHUP", "SIGQUIT"):
+    if (_number := getattr(signal, _name, None)) is not None and signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
 
 # Where it is set, each piece that a process prints is written alone, and pieces of two processes' lines mix.
 os.environ.pop("PYTHONUNBUFFERED", None)

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .core import last_words
 from .core.lazy import lazy_names
 from .core.versions import __version__
+from .settings import env
 
 _HOMES = {
     "Accelerator": "accelerator",
@@ -83,3 +85,6 @@ if TYPE_CHECKING:
 __all__ = ["__version__", *sorted(_HOMES)]  # pyright: ignore[reportUnsupportedDunderAll]
 
 __getattr__, __dir__ = lazy_names(__name__, _HOMES, globals(), _MODULES)
+
+last_words.begin(env.read())  # an exception may end the script before it has made an Accelerator
+del last_words, env

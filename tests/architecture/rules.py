@@ -124,7 +124,9 @@ def uses_of(source: Module, *names: str) -> Iterator[int]:
             yield node.lineno
 
 
-REQUIRED = {"torch", "numpy", "packaging", "psutil", "yaml", "safetensors", "huggingface_hub", "msgspec", "xxhash"}
+REQUIRED = {
+    "torch", "numpy", "packaging", "psutil", "yaml", "safetensors", "huggingface_hub", "msgspec", "xxhash", "questionary",
+}  # fmt: skip
 """Import names of what pyproject.toml always installs."""
 
 

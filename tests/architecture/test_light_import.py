@@ -9,9 +9,11 @@ import sys
 
 import pytest
 
+from accelerate.commands.accelerate_cli import COMMANDS
+
 from .source import modules
 
-HEAVY = ("torch", "numpy", "yaml", "huggingface_hub", "safetensors")
+HEAVY = ("torch", "numpy", "yaml", "huggingface_hub", "safetensors", "questionary", "prompt_toolkit", "shtab")
 
 
 def loaded_after(code: str, blocked: tuple[str, ...] = ()) -> set[str]:
@@ -62,8 +64,9 @@ def test_the_package_can_be_imported_without_torch():
     "words",
     [
         ["--help"],
-        *([name, "--help"] for name in ("launch", "checkpoint", "config", "env", "merge-weights", "test")),
+        *([name, "--help"] for name in COMMANDS),
         *(["checkpoint", name, "--help"] for name in ("inspect", "verify", "convert")),
+        *(["config", name, "--help"] for name in ("default", "update")),
     ],
 )
 def test_help_loads_nothing_heavy(words):

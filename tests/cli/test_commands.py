@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
+from accelerate.commands.accelerate_cli import COMMANDS
 from accelerate.commands.config.default import write_basic_config
+from accelerate.core.errors import UnsupportedCombination
 from accelerate.core.versions import __version__
 from accelerate.settings.config_file import load_config_from_file
 
@@ -31,11 +36,13 @@ def accelerate(*words: str) -> subprocess.CompletedProcess[str]:
     [
         ["--help"],
         ["--version"],
-        *([name, "--help"] for name in ("launch", "checkpoint", "config", "env", "merge-weights", "test")),
+        *([name, "--help"] for name in COMMANDS),
         *(["checkpoint", name, "--help"] for name in ("inspect", "verify", "convert")),
+        *(["config", name, "--help"] for name in ("default", "update")),
+        ["env", "--explain"],
     ],
 )
-def test_help_loads_nothing_heavy(hub, words):
+def test_help_and_settings_load_nothing_heavy(hub, words):
     code = f"""
 import sys
 from accelerate.commands.accelerate_cli import main
@@ -43,7 +50,7 @@ try:
     main({words!r})
 except SystemExit as end:
     assert not end.code
-print(sorted(m for m in ("torch", "numpy", "yaml", "psutil", "huggingface_hub") if m in sys.modules), file=sys.stderr)
+print(sorted(m for m in ("torch", "numpy", "yaml", "psutil", "huggingface_hub", "questionary", "prompt_toolkit") if m in sys.modules), file=sys.stderr)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
 
@@ -58,6 +65,34 @@ def test_without_a_command_the_help_is_shown_and_the_status_is_1(hub):
     assert "launch" in done.stdout
 
 
+def test_the_help_lists_every_command_with_what_it_does(hub):
+    printed = accelerate("--help").stdout
+    for name, command in COMMANDS.items():
+        assert f"  {name} " in printed
+        assert command.text in printed
+
+
+CONSOLE_SCRIPTS = {
+    "accelerate": "accelerate.commands.accelerate_cli:main",
+    "accelerate-config": "accelerate.commands.config:main",
+    "accelerate-estimate-memory": "accelerate.commands.estimate:main",
+    "accelerate-launch": "accelerate.commands.launch:main",
+    "accelerate-merge-weights": "accelerate.commands.merge:main",
+}
+
+
+def test_the_programs_of_version_1_are_installed_and_each_can_be_called(monkeypatch, capsys):
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == CONSOLE_SCRIPTS
+    for name, place in CONSOLE_SCRIPTS.items():
+        module, _, function = place.partition(":")
+        monkeypatch.setattr(sys, "argv", [name, "--help"])
+        with pytest.raises(SystemExit) as end:
+            getattr(importlib.import_module(module), function)()
+        assert end.value.code == 0
+        assert f"usage: {name.replace('-', ' ', 1)}" in capsys.readouterr().out
+
+
 def test_the_version(hub):
     assert accelerate("--version").stdout == f"accelerate {__version__}\n"
 
@@ -66,11 +101,17 @@ def test_the_version(hub):
     ("words", "expected"),
     [
         (["lanch"], "'lanch' is not a command. Did you mean 'launch'?"),
-        (["tpu-config"], "the command 'tpu-config' is not in accelerate"),
+        (["estimate-memmory"], "'estimate-memmory' is not a command. Did you mean 'estimate-memory'?"),
+        (["tpu_config"], "'tpu_config' is not a command. Did you mean 'tpu-config'?"),
+        (["tpu-config"], "tpu_name is not known."),
+        (["to-fsdp2"], "the following arguments are required: --config_file"),
+        (["estimate-memory", "--dtype", "int8", "x"], "Did you mean '--dtypes'?"),
+        (["completion", "csh"], "invalid choice: 'csh'"),
         (["--verbose", "launch"], "unrecognized arguments: --verbose launch"),
-        (["config"], "the questions are not in this version yet."),
-        (["config", "update"], "invalid choice: 'update'"),
-        (["config", "default", "--mixed_precision", "fp32"], "invalid choice: 'fp32'"),
+        (["config"], "the questions cannot be asked: standard input is not a terminal."),
+        (["config", "updat"], "invalid choice: 'updat'"),
+        (["config", "default", "--mixed_precison", "no"], "Did you mean '--mixed_precision'?"),
+        (["config", "default", "--mixed_precision", "fp32"], "mixed_precision='fp32' is not accepted"),
         (["env", "--config_file", "none.yaml"], "The configuration file none.yaml does not exist."),
     ],
 )
@@ -122,6 +163,8 @@ def test_write_basic_config_gives_the_keys_of_version_1(hub, tmp_path):
     }
     assert load_config_from_file(path).mixed_precision == "fp16"
     assert write_basic_config(save_location=str(path)) is False
+    with pytest.raises(UnsupportedCombination, match=r"mixed_precision='fp8' \(the argument .* needs an fp8 engine"):
+        write_basic_config("fp8", str(tmp_path / "other.json"))
     with pytest.raises(ValueError, match="mixed_precision='fp32' is not known"):
         write_basic_config("fp32", str(tmp_path / "other.json"))
 
@@ -169,16 +212,33 @@ def test_the_self_test_passes_here(hub, tmp_path, monkeypatch, processes):
     done = accelerate("test", "--config_file", str(file))
 
     assert done.returncode == 0, done.stderr
-    assert f"All 6 checks passed on {processes} process(es)." in done.stdout
+    assert f"{processes} process" in done.stdout
+    assert "self test: 6 checks passed" in done.stdout
     assert done.stdout.splitlines()[-1] == "Test is a success! This machine is ready for training."
 
 
-def test_the_self_test_can_fail(monkeypatch):
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_self_test_notices_a_model_that_has_not_learnt(monkeypatch, precision):
     from accelerate import Accelerator
     from accelerate.test_utils.scripts import test_script
 
-    accelerator = Accelerator(cpu=True)
-    monkeypatch.setattr(test_script, "_train_plainly", lambda samples, batch_size: test_script.torch.zeros(4))
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    test_script.check_training(accelerator)  # a scaler leaves out the first steps, and the comparison heeds that
 
+    def untrained(samples, batch_size, skipped):
+        return test_script._flat(test_script._problem(samples)[0])
+
+    monkeypatch.setattr(test_script, "_train_plainly", untrained)
     with pytest.raises(test_script.SelfTestError, match="weights differ from plain torch by"):
+        test_script.check_training(accelerator)
+
+
+def test_the_self_test_notices_a_scaler_that_leaves_out_every_step():
+    from accelerate import Accelerator, GradScalerKwargs
+    from accelerate.test_utils.scripts import test_script
+
+    accelerator = Accelerator(
+        cpu=True, mixed_precision="fp16", kwargs_handlers=[GradScalerKwargs(init_scale=2.0**30, backoff_factor=0.99)]
+    )
+    with pytest.raises(test_script.SelfTestError, match="every step was left out"):
         test_script.check_training(accelerator)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import places
 from tests.support.ranks import free_port
 
 SHOW = """
@@ -93,6 +94,7 @@ def test_one_process_runs_as_with_plain_python_and_without_torch(place):
         "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "false",
         "ACCELERATE_MIXED_PRECISION": "no",
         "ACCELERATE_USE_CPU": "false",
+        "ACCELERATE_SETTINGS": found["env"]["ACCELERATE_SETTINGS"],
     }
 
 
@@ -178,6 +180,26 @@ def test_everything_behind_the_script_reaches_it_untouched(place, words, expecte
     assert json.loads(done.stdout)["argv"] == ["show.py", *expected], done.stderr
 
 
+@pytest.mark.parametrize("flags", [[], ["--mixed_precision", "fp16", "--gradient_accumulation_steps", "9"]])
+def test_a_launch_in_a_launched_script_obeys_its_own_file_not_the_launch_around_it(place, monkeypatch, flags):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_MODE", "max-autotune")
+    (place / "c.yaml").write_text(
+        "distributed_type: 'NO'\nmixed_precision: bf16\nuse_cpu: true\ndebug: true\ndynamo_config: {backend: eager}\n"
+    )
+    (place / "outer.py").write_text(
+        "import os, sys\nassert 'ACCELERATE_MIXED_PRECISION' in os.environ\n"
+        "words = ['-m', 'accelerate', 'launch', '--config_file', 'c.yaml', 'show.py']\n"
+        "os.execv(sys.executable, [sys.executable, *words])\n"
+    )
+
+    found = json.loads(accelerate("launch", *flags, "outer.py").stdout)["env"]
+
+    expected = {"MIXED_PRECISION": "bf16", "USE_CPU": "true", "DEBUG_MODE": "true", "DYNAMO_BACKEND": "EAGER"}
+    for name, value in {**expected, "DYNAMO_MODE": "max-autotune"}.items():
+        assert found[f"ACCELERATE_{name}"] == value
+    assert "ACCELERATE_GRADIENT_ACCUMULATION_STEPS" not in found
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_caller_that_is_asked_to_end_ends_its_script_first(place, sent):
     (place / "s.py").write_text(
@@ -218,8 +240,11 @@ def test_the_default_file_is_left_aside_with_cpu_and_that_is_said(place):
 
     done = accelerate("launch", "--cpu", "show.py")
     quiet = accelerate("launch", "-q", "--cpu", "show.py")
-    file.write_text("distributed_type: MULTI_CPU\n")
+    file.write_text("distributed_type: NO\nnum_processes: 1\n")
     same = accelerate("launch", "--cpu", "show.py")
+    far = accelerate("launch", "--cpu", "--dry-run", "--num_machines", "2", "--main_process_ip", "a", "show.py")
+    file.write_text("distributed_type: NO\nnum_processes: 2\n")
+    wrong = accelerate("launch", "--cpu", "show.py")
 
     assert json.loads(done.stdout)["env"]["ACCELERATE_MIXED_PRECISION"] == "no"
     assert done.stderr == (
@@ -227,6 +252,25 @@ def test_the_default_file_is_left_aside_with_cpu_and_that_is_said(place):
         "mixed_precision. Name it with --config_file to have it used.\n"
     )
     assert (quiet.stderr, same.stderr) == ("", "")
+    assert (far.returncode, "aside" in far.stdout) == (0, False)
+    assert (
+        f"--cpu leaves {file} aside, which could not be used: num_processes=2 (num_processes in {file}" in wrong.stderr
+    )
+
+
+@pytest.mark.parametrize("task", ["0", "3"])
+def test_one_of_several_tasks_speaks_for_all_and_each_one_shows_its_notes_in_a_dry_run(place, monkeypatch, task):
+    node, local = divmod(int(task), 2)
+    numbers = {"SLURM_PROCID": task, "SLURM_LOCALID": str(local), "SLURM_NODEID": str(node)}
+    for name, value in {**places.SLURM_TASK_PER_PROCESS, **numbers}.items():
+        monkeypatch.setenv(name, value)
+    note = "num_machines=3 (from --num_machines) has no use: SLURM counts and numbers the processes.\n"
+
+    shown = accelerate("launch", "--dry-run", "--cpu", "--num_machines", "3", "show.py")
+    done = accelerate("launch", "--cpu", "--num_machines", "3", "show.py")
+
+    assert f"notes\n  {note}" in shown.stdout
+    assert (done.returncode, done.stderr) == (0, f"accelerate launch: {note}" if task == "0" else "")
 
 
 def test_nobody_has_to_read_a_dry_run_to_its_end(place):
@@ -267,6 +311,20 @@ def test_two_processes_meet_on_the_cpu(place, monkeypatch, how):
     assert {file.name: file.read_text() for file in (place / "out").iterdir()} == dict.fromkeys("01", "3.0 true 1 2")
     assert ("is taken by another program" in done.stderr) == (how == "busy port")
     assert done.stderr.count("\n") == (1 if how == "busy port" else 0), done.stderr
+
+
+def test_flags_of_torchrun_reach_its_agent(place):
+    (place / "s.py").write_text("import os, sys\nprint('rank', os.environ['RANK'], *sys.argv[1:])\nprint('loss')\n")
+    words = ["--cpu", "--standalone", "--nproc_per_node", "2", "--local_ranks_filter", "1", "--tee", "1"]
+    words += ["--duplicate_stdout_filters", "loss", "--log-dir", "logs", "--run_path"]
+
+    done = accelerate("launch", *words, "s.py", "--standalone")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "[rank 1] rank 1 --standalone\n[rank 1] loss\n"
+    logs = {f"{file.parent.name}/{file.name}": file.read_text() for file in (place / "logs").rglob("stdout.log")}
+    assert logs == {f"rank_{rank}/stdout.log": f"rank {rank} --standalone\nloss\n" for rank in "01"}
+    assert [file.read_text() for file in (place / "logs").rglob("filtered_stdout.log")] == ["loss\n"] * 2
 
 
 @pytest.mark.parametrize("backend", ["static", "c10d"])
@@ -355,10 +413,10 @@ def test_a_folder_for_logs_gets_both_streams_of_every_process(place):
 
     found = {str(file.relative_to(file.parents[1])): file.read_text() for file in (place / "logs").rglob("std*.log")}
     assert found == {
-        "0/stdout.log": "out 0\n",
-        "1/stdout.log": "out 1\n",
-        "0/stderr.log": "err\n",
-        "1/stderr.log": "err\n",
+        "rank_0/stdout.log": "out 0\n",
+        "rank_1/stdout.log": "out 1\n",
+        "rank_0/stderr.log": "err\n",
+        "rank_1/stderr.log": "err\n",
     }
     assert "out 0" in done.stdout
     assert "out 1" in done.stdout
@@ -419,14 +477,14 @@ def test_the_rank_that_raised_is_named_though_another_one_ends_before_it(place):
         ),
         (["--num_proc", "2", "show.py"], "unrecognized arguments: --num_proc"),
         (["--use_fsdp", "show.py"], "--use_fsdp needs the FSDP engine, which accelerate 2.0 does not have yet."),
-        (["--zero-stage", "2", "show.py"], "--zero-stage needs the DeepSpeed engine"),
+        (["--zero-stage", "2", "show.py"], "--zero_stage needs the DeepSpeed engine"),
         (["--tpu", "show.py"], "--tpu needs the TPU launcher"),
         (["--cpu", "--multi_gpu", "show.py"], "cpu=True (from --cpu) contradicts multi_gpu=True (from --multi_gpu)"),
-        (["--mixed_precision", "fp32", "show.py"], "invalid choice: 'fp32'"),
+        (["--mixed_precision", "fp32", "show.py"], "mixed_precision='fp32' is not accepted"),
         (["--config_file", "none.yaml", "show.py"], "The configuration file none.yaml does not exist."),
         ([], "the following arguments are required: SCRIPT\n"),
         (["--no_python", "./show.py"], "'./show.py' cannot be run: it is not an executable file"),
-        (["--cpu", "-n", "2", "--tee", "9", "show.py"], "tee='9' is not known (from --tee)."),
+        (["--cpu", "-n", "2", "--tee", "9", "show.py"], "tee='9' (from --tee) names no streams."),
     ],
 )
 def test_a_wrong_command_line_is_one_paragraph_and_status_2(place, words, expected):

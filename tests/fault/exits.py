@@ -15,15 +15,18 @@ import atexit
 import contextvars
 import json
 import os
-import socket
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import accelerate.runtime.state
 from accelerate import Accelerator
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # this file is a program
+from tests.support.ranks import free_port
 
 torch.optim.SGD(torch.nn.Linear(1, 1).parameters())  # imports a great deal, which is then shared by all ranks
 
@@ -116,10 +119,7 @@ def fail(end: str) -> None:
 
 def fork_ranks(world: int) -> tuple[int | None, dict[int, int]]:
     """Return (own rank, {}) in a child, and (None, ranks by process id) in the parent."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = {}
+    port, ranks = free_port(), {}
     sys.stdout.flush()
     for rank in range(world):
         pid = os.fork()

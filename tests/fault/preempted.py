@@ -66,6 +66,7 @@ def train(
     save_each: bool = False,
     epochs: int = EPOCHS,
     fixed_buckets: bool = False,
+    workers: int = 0,
 ) -> tuple[int, str, str]:
     """Train; return how many samples were trained on, their hash, and that of the weights."""
     project = ProjectConfiguration(str(folder), automatic_checkpoint_naming=True, save_on_signals=signals)
@@ -84,7 +85,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, gamma=0.9)
     # Smaller batches are added up to the global one: a window of accumulation.
-    loader, evaluation = DataLoader(data, BATCH // parts, shuffle=True), DataLoader(data, BATCH)
+    loader, evaluation = DataLoader(data, BATCH // parts, shuffle=True, num_workers=workers), DataLoader(data, BATCH)
     model, optimizer, scheduler, loader, evaluation = accelerator.prepare(
         model, optimizer, scheduler, loader, evaluation
     )
@@ -121,8 +122,9 @@ if __name__ == "__main__":
     parser.add_argument("--place")
     parser.add_argument("--name", default="SIGTERM")
     parser.add_argument("--to", default="0")
+    parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args()
-    ended = train(options.folder, options.place, options.name, options.to)
+    ended = train(options.folder, options.place, options.name, options.to, workers=options.workers)
     if int(os.environ.get("RANK", "0")) == 0:
         print("ended with", *ended)
     sys.exit(0)

@@ -73,6 +73,14 @@ def test_a_signal_to_the_launcher_reaches_the_run(tmp_path):
 
 
 @pytest.mark.full
+def test_the_workers_of_loaders_live_until_the_run_has_saved_itself(tmp_path):
+    words = (str(SCRIPT), str(tmp_path), "--to", "launcher", "--place", "step 1 2", "--workers", "1")
+    stopped = launch("--num_processes", "2", *words)
+    assert stopped.returncode == 75, stopped.stderr
+    assert SAVED in stopped.stderr
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("to", ["0", "last", "all", "launcher"])
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize(("first", "then"), [(2, 3), (3, 2), (3, 3), (1, 3)])

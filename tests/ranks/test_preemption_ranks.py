@@ -289,6 +289,21 @@ def test_a_save_that_fails_is_told_on_all_ranks_and_further_signals_have_their_u
     assert not list((tmp_path / "checkpoints").glob("checkpoint_*"))
 
 
+def save_for_a_launcher(folder: str, note: str) -> Any:
+    os.environ[NOTE_VARIABLE] = note
+    return run(folder, {"place": "step 0 0"})
+
+
+def test_only_a_launcher_of_this_machine_gets_a_note_and_status_0(tmp_path):
+    here, elsewhere = str(tmp_path / "note"), str(tmp_path / "of-another-machine" / "note")
+
+    ended = [
+        run_on_ranks(save_for_a_launcher, 1, str(tmp_path / str(n)), note) for n, note in enumerate((here, elsewhere))
+    ]
+    assert [code for ((code, _),) in ended] == [0, 75]
+    assert "the run saved itself" in Path(here).read_text()
+
+
 def begin_anew(folder: str) -> bool:
     """Begin as after a restart: the launcher finds what an earlier attempt has noted, if nobody removes it."""
     note = Path(folder) / os.environ["RANK"]

@@ -510,7 +510,9 @@ def _agree(
 def _raise_failures(reports: list[_Report], problem: str, remedy: str, cause: Exception | None = None) -> None:
     failed = [f"rank {report.rank}: {report.failure}" for report in reports if report.failure is not None]
     if failed:
-        raise CheckpointError(explain(f"{problem}. What failed: {'; '.join(failed)}", remedy=remedy)) from cause
+        error = CheckpointError(explain(f"{problem}. What failed: {'; '.join(failed)}", remedy=remedy))
+        error.arose_on = tuple(report.rank for report in reports if report.failure is not None)
+        raise error from cause
 
 
 @contextmanager

@@ -9,26 +9,47 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ..core.errors import nearest
 from ..core.versions import __version__
 
-COMMANDS = {
-    "launch": ("launch", "Run a script on one process, several devices or several machines."),
-    "checkpoint": ("checkpoint", "Look into checkpoints, check them, write them in another form."),
-    "config": ("config", "Write the configuration file of `launch`."),
-    "env": ("env", "Describe this machine, for a bug report."),
-    "merge-weights": ("merge", "Make one file of a sharded checkpoint of FSDP."),
-    "test": ("test", "Check that training works on this machine."),
-}
-"""Command -> (its module, what it does)."""
 
-ABSENT = ("estimate-memory", "tpu-config", "to-fsdp2")
-"""Commands of other versions that this one does not have yet."""
+class Command(NamedTuple):
+    """One command."""
+
+    module: str
+    """Its module in this folder, which has `main`."""
+    parser: str
+    """The function there that makes its parser."""
+    text: str
+    """What it does, in a line."""
+
+
+COMMANDS = {
+    "launch": Command(
+        "launch", "launch_command_parser", "Run a script on one process, several devices or several machines."
+    ),
+    "test": Command("test", "test_command_parser", "Check that training works on this machine."),
+    "env": Command("env", "env_command_parser", "Describe this machine, for a bug report."),
+    "config": Command(
+        "config", "get_config_parser", "Write the configuration file of `launch`, with questions or without."
+    ),
+    "checkpoint": Command(
+        "checkpoint", "checkpoint_command_parser", "Look into checkpoints, check them, write them in another form."
+    ),
+    "merge-weights": Command("merge", "merge_command_parser", "Make one file of a sharded checkpoint of FSDP."),
+    "estimate-memory": Command("estimate", "estimate_command_parser", "Say how much memory a model needs."),
+    "to-fsdp2": Command("to_fsdp2", "to_fsdp2_command_parser", "Rewrite a configuration file of FSDP 1 for FSDP 2."),
+    "tpu-config": Command("tpu", "tpu_command_parser", "Run commands on all machines of a TPU pod."),
+    "completion": Command(
+        "completion", "completion_command_parser", "Print a script that completes all this in a shell."
+    ),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
-    listing = "\n".join(f"  {name:<13} {text}" for name, (_, text) in COMMANDS.items())
+    listing = "\n".join(f"  {name:<16}{command.text}" for name, command in COMMANDS.items())
     parser = argparse.ArgumentParser(
         "accelerate",
         usage="accelerate COMMAND [ARGS]",
@@ -52,11 +73,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.parse_args(words)  # --help and --version end here
         parser.error(f"{words[0]} stands where a command is expected: {', '.join(COMMANDS)}")
     name = words[0]
-    if name in ABSENT:
-        parser.error(f"the command {name!r} is not in accelerate {__version__} yet. Available: {', '.join(COMMANDS)}.")
     if name not in COMMANDS:
         parser.error(f"{name!r} is not a command.{nearest(name, COMMANDS)} Available: {', '.join(COMMANDS)}.")
-    importlib.import_module(f"accelerate.commands.{COMMANDS[name][0]}").main(words[1:])
+    importlib.import_module(f"accelerate.commands.{COMMANDS[name].module}").main(words[1:])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""`accelerate env`: what a bug report should say about this machine.
+"""`accelerate env`: what a bug report should say about this machine; with `--explain`, the settings it gives a run.
 
-Owns the list of facts. Prints no variable of the environment: those hold keys and tokens.
+Owns the list of facts. Prints no variable of the environment but this library's: others hold keys and tokens.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import json
 import platform
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
+from ..core.errors import AccelerateError
 from ..core.text import convert_bytes
 from ..core.versions import __version__
-from ..settings import config_file
-from .utils import run
+from ..launch import machine, show
+from ..launch.plan import plan
+from ..launch.request import LaunchRequest
+from ..settings import config_file, env, origins, variables
+from .utils import CustomArgumentParser, run
 
 DESCRIPTION = "Describe this machine, for a bug report."
 
@@ -27,8 +30,14 @@ def env_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
     if subparsers is not None:
         parser = subparsers.add_parser("env", description=DESCRIPTION)
     else:
-        parser = argparse.ArgumentParser("accelerate env", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--config_file", "--config-file", metavar="FILE", help="The configuration file to describe.")
+        parser = CustomArgumentParser("accelerate env", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--config_file", metavar="FILE", help="The configuration file to describe.")
+    parser.add_argument(
+        "--explain",
+        action="store_true",
+        help="Print what a launch without flags would be here, and where each setting comes from: the place, a variable, a "
+        "line of a file, or the default. Loads no torch.",
+    )
     parser.add_argument("--json", action="store_true", help="Print JSON.")
     if subparsers is not None:
         parser.set_defaults(func=env_command)
@@ -36,11 +45,14 @@ def env_command_parser(subparsers: Any = None) -> argparse.ArgumentParser:
 
 
 def env_command(args: argparse.Namespace) -> dict[str, Any]:
-    """Print the facts, and return them."""
+    """Print the facts, and return them; with `--explain`, the settings."""
+    if getattr(args, "explain", False):
+        with env.applied(origins.before_launch(env.read())):  # as `accelerate launch` would see it
+            return _explain(args)
     facts = _facts()
     named = args.config_file is not None
     key = f"`Accelerate` {'config passed' if named else 'default config'}"
-    facts[key] = _config(Path(args.config_file) if named else config_file.default_file(), required=named)
+    facts[key] = _config(args.config_file)
     if getattr(args, "json", False):
         print(json.dumps(facts, indent=2))
         return facts
@@ -52,6 +64,31 @@ def env_command(args: argparse.Namespace) -> dict[str, Any]:
         else:
             print(f"- {name}: {value}")
     return facts
+
+
+def _explain(args: argparse.Namespace) -> dict[str, Any]:
+    environ = env.read()
+    file = config_file.find(args.config_file)
+    request = LaunchRequest.merge({}, file, environ, script="")
+    described = show.describe(plan(request, machine.survey(request, environ)), request)
+    del described["command"]  # there is no script
+    found = {
+        "file": str(file.path) if file else None,
+        **described,
+        "variables of workers": {name: environ[name] for name in variables.OF_WORKERS if environ.get(name)},
+        "notes": [*described["notes"], *variables.about_ignored(environ)],
+    }
+    if getattr(args, "json", False):
+        print(json.dumps(found, indent=2))
+        return found
+    print("What a launch without flags would be:\n")
+    print(f"file         {found['file'] or f'none: {config_file.default_file()} does not exist'}")
+    print("\n".join(show.lines(found)))
+    if found["variables of workers"]:
+        print("variables that each worker reads")
+    for name, value in found["variables of workers"].items():
+        print(f"  {name}={value}")
+    return found
 
 
 def _facts() -> dict[str, Any]:
@@ -78,10 +115,12 @@ def _facts() -> dict[str, Any]:
     return facts
 
 
-def _config(path: Path, *, required: bool) -> dict[str, Any] | str:
-    if not required and not path.is_file():
-        return "Not found"
-    return config_file.read(path).config.to_dict()
+def _config(named: str | None) -> dict[str, Any] | str:
+    try:
+        found = config_file.find(named)
+    except AccelerateError as error:  # a report is needed most where something is broken
+        return f"cannot be used: {error}"
+    return found.config.to_dict() if found else "Not found"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import AccelerateError, SettingError, explain
-from ..launch import machine
-from ..launch.plan import LaunchPlan, plan, show
+from ..launch import machine, preflight, registry
+from ..launch.plan import LaunchPlan, plan
 from ..launch.report import WorkersFailed
-from ..launch.request import LaunchRequest
-from ..settings import config_file, env
-from .options import REQUEST_FIELDS, add_launch_options
-from .utils import CustomArgumentParser, run
+from ..launch.request import FIELD_OF, LaunchRequest
+from ..settings import config_file, env, origins, variables
+from ..settings.options.absent import refuse
+from ..topology import network
+from .options import ENGINE_FLAGS, OPTIONS, REQUEST_FIELDS, add_launch_options
+from .utils import CustomArgumentParser, leave, run
 
 DESCRIPTION = "Run a script: in one process, on all devices of this machine, or on several machines."
 EPILOG = (
-    "Flags may be written with dashes or underscores. Flags come before the script; what follows it is the script's."
+    "Flags may be written with dashes or underscores. Flags come before the script; what follows it is the script's. "
+    "--help-all shows the others, those of torchrun included."
 )
 
 
@@ -54,13 +57,21 @@ def launch_command(args: argparse.Namespace) -> None:
         SettingError: (a `ValueError`) if the flags or the configuration file are wrong.
         WorkersFailed: (a `RuntimeError`) if the script fails. Its `status` is the script's.
     """
-    planned = _prepared(args)
-    if planned is None:
-        return
+    with env.applied(origins.before_launch(env.read())):
+        planned = _prepared(args)
+        if planned is not None:
+            _carry_out(planned)
+
+
+def _carry_out(planned: LaunchPlan) -> None:
     if planned.kind == "inline":
         from ..launch import inline
 
         inline.run(planned)
+    elif planned.kind == "deepspeed":
+        from ..launch import runner
+
+        runner.run(planned)
     else:
         from ..launch import elastic
 
@@ -76,35 +87,68 @@ def _launch_in_place(args: argparse.Namespace) -> None:
         from ..launch import inline
 
         inline.become(planned)
-    from ..launch import elastic
-
+    status = 0
     try:
-        elastic.run(planned)
+        _carry_out(planned)
     except WorkersFailed as error:
-        if planned.quiet:
-            sys.exit(error.status)
-        raise
+        status = error.status
+        if said := error.shown(quiet=planned.quiet):
+            sys.stdout.flush()
+            print(said, file=sys.stderr)
+    leave(status)
 
 
 def _prepared(args: argparse.Namespace) -> LaunchPlan | None:
     """Return the plan; `None` if it was only to be printed."""
     environ = env.read()
+    _check_form(args)
     request = request_from(args)
+    registry.check_names(vars(request), request.origins)
     planned = plan(request, machine.survey(request, environ))
-    planned = replace(planned, notes=(*planned.notes, *_set_aside(args, request, environ)))
+    told = variables.about_ignored(environ)
+    notes = (*planned.notes, *_set_aside(args, request, planned, environ), *told)
+    planned = replace(
+        planned, notes=notes, env={**planned.env, origins.VARIABLE: _remarks(planned, request, environ, told)}
+    )
+    if getattr(args, "preflight", False):
+        planned = preflight.before(planned, sys.executable)
     if args.dry_run:
-        print(show(planned, request))
+        from ..launch import show
+
+        print(show.as_json(planned, request) if getattr(args, "json", False) else show.as_text(planned, request))
         return None
-    if not planned.quiet:
+    if not planned.quiet and (planned.process is None or planned.process.rank == 0):  # one of several tasks says it
         for note in planned.notes:
             print(f"accelerate launch: {note}", file=sys.stderr)
     return planned
 
 
+def _check_form(args: argparse.Namespace) -> None:
+    if getattr(args, "json", False) and not args.dry_run:
+        raise SettingError(explain("--json is the form in which --dry-run prints.", remedy="Add --dry-run."))
+
+
+def _remarks(planned: LaunchPlan, request: LaunchRequest, environ: Mapping[str, str], told: Sequence[str]) -> str:
+    """Return what the workers are told about the variables that the launcher sets for them."""
+    behind: dict[str, origins.Remark] = {}
+    for name, value in planned.env.items():
+        if name in network.VARIABLES:
+            behind[name] = (value, None, environ.get(name))
+        elif name in FIELD_OF:
+            was_asked = request.was_given(FIELD_OF[name]) and not planned.decides(name, request)
+            given = request.origin(FIELD_OF[name]) if was_asked else None
+            # What the user has put into the environment needs no remark.
+            if given is None or not given.startswith("from the variable"):
+                behind[name] = (value, given, environ.get(name))
+    return origins.pack(behind, told)
+
+
 def request_from(args: argparse.Namespace) -> LaunchRequest:
     """Make a request of a namespace: what was given on the command line, or changed afterwards."""
+    _refuse_absent_engines(args)
     flags = _flags(args)
-    file = _file(args, on_cpu=bool(flags.get("cpu")))
+    # The default file describes the accelerators of this machine.
+    file = None if args.config_file is None and flags.get("cpu") else config_file.find(args.config_file)
     request = LaunchRequest.merge(
         flags, file, env.read(), script=args.training_script, script_args=tuple(args.training_script_args)
     )
@@ -112,43 +156,50 @@ def request_from(args: argparse.Namespace) -> LaunchRequest:
     return request
 
 
+def _refuse_absent_engines(args: argparse.Namespace) -> None:
+    for option in ENGINE_FLAGS:
+        other = (
+            option.kind is bool and getattr(args, option.name, None) is not option.const
+        )  # --no_x, where this is --x
+        if _was_given(args, option.name) and not other:
+            refuse(option.spelling, option.engine or "")  # values may be secrets
+
+
 def _flags(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in REQUEST_FIELDS if _was_given(args, name)}
 
 
-_DEFAULTS: dict[str, Any] = {}
+_DEFAULTS: dict[str, Any] = {option.name: option.default for option in reversed(OPTIONS)}
 
 
 def _was_given(args: argparse.Namespace, name: str) -> bool:
-    if name in getattr(args, "nondefault", ()):
-        return True
-    if not _DEFAULTS:
-        _DEFAULTS.update(vars(launch_command_parser().parse_args(["script"])))
-    return getattr(args, name, _DEFAULTS[name]) != _DEFAULTS[name]
+    """Tell whether a flag stood on the command line, or was changed in the namespace afterwards."""
+    return name in getattr(args, "nondefault", ()) or getattr(args, name, _DEFAULTS[name]) != _DEFAULTS[name]
 
 
-def _file(args: argparse.Namespace, *, on_cpu: bool) -> config_file.ConfigFile | None:
-    if args.config_file is not None:
-        return config_file.read(Path(args.config_file))
-    default = config_file.default_file()
-    return config_file.read(default) if not on_cpu and default.is_file() else None
-
-
-def _set_aside(args: argparse.Namespace, request: LaunchRequest, environ: Mapping[str, str]) -> list[str]:
+def _set_aside(
+    args: argparse.Namespace, request: LaunchRequest, planned: LaunchPlan, environ: Mapping[str, str]
+) -> list[str]:
     """Say that the default configuration file was not read, if that made a difference."""
-    default = config_file.default_file()
-    if args.config_file is not None or not args.cpu or not default.is_file():
+    if args.config_file is not None or not args.cpu:
         return []
+    default = config_file.default_file()
     try:
-        read = config_file.read(default)
         with_file = LaunchRequest.merge(
-            _flags(args), read, environ, script=request.script, script_args=request.script_args
+            _flags(args), config_file.find(None), environ, script=request.script, script_args=request.script_args
         )
-    except (AccelerateError, OSError):
-        return [f"--cpu leaves {default} aside, which could not be used."]
+    except (AccelerateError, OSError) as error:
+        why = str(error).partition("\n")[0]
+        return [f"--cpu leaves {default} aside, which could not be used: {why}"]
     else:
-        names = [item.name for item in fields(request) if item.compare]
-        changed = [name for name in names if getattr(with_file, name) != getattr(request, name)]
+        # What nobody says is counted, and the file may say the same.
+        counted = {"num_processes": planned.world_size, "processes_per_machine": planned.processes_per_node}
+        changed = [
+            item.name
+            for item in fields(request)
+            if item.compare
+            and getattr(with_file, item.name) not in (getattr(request, item.name), counted.get(item.name))
+        ]
     if not changed:
         return []
     about = f"which has something to say about: {', '.join(changed)}"
@@ -159,7 +210,7 @@ def _check_script(request: LaunchRequest) -> None:
     """Refuse a script that is not there, before anything heavy is loaded."""
     if request.module:
         return
-    there = Path(request.script).exists()
+    there = os.path.exists(request.script)
     if shutil.which(request.script) if request.no_python else there:
         return
     if there and request.no_python and os.path.dirname(request.script):
@@ -172,7 +223,7 @@ def _check_script(request: LaunchRequest) -> None:
     what = "a program on the PATH, or the path of one" if request.no_python else "the path of a Python file"
     raise SettingError(
         explain(
-            f"{request.script!r} does not exist (the script on the command line, looked for from {Path.cwd()}).",
+            f"{request.script!r:.200} does not exist (the script on the command line, looked for from {Path.cwd()}).",
             accepted=f"{what}; with --module the name of a module",
             remedy="Check the path. Flags of accelerate come before the script, with two dashes.",
         )
@@ -182,7 +233,8 @@ def _check_script(request: LaunchRequest) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run `accelerate launch` from a terminal."""
     args = launch_command_parser().parse_args(argv)
-    run(_launch_in_place, args, "accelerate launch")
+    with env.applied(origins.before_launch(env.read())):
+        run(_launch_in_place, args, "accelerate launch")
 
 
 if __name__ == "__main__":

@@ -6,46 +6,20 @@ Owns names, types, defaults and texts; the parser and the help are made from the
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Collection
 
-from ..core.enums import DynamoBackend, PrecisionType
+from ..settings.config_keys import CHOICES
+from .engine_options import ENGINE_GROUPS
+from .option import Option
 from .utils import CustomArgumentParser
 
 
-@dataclass(frozen=True)
-class Option:
-    """One flag."""
+def machines(text: str) -> int | str:
+    """Read a number of machines; `MIN:MAX` is left to the request."""
+    return text if ":" in text else int(text)
 
-    name: str
-    """Its name in the namespace and, with two dashes, on the command line."""
-    help: str
-    kind: type = str
-    """`bool` for a switch."""
-    default: Any = None
-    choices: tuple[str, ...] | None = None
-    short: str | None = None
-    flag: str | None = None
-    """The flag, where it is not the name."""
-    shown: str | None = None
-    """What stands for the value in the help."""
 
-    def add_to(self, group: Any) -> None:
-        """Add the flag to a parser or a group."""
-        flags = [self.flag or f"--{self.name}", *([self.short] if self.short else [])]
-        if self.kind is bool:
-            group.add_argument(*flags, dest=self.name, action="store_true", default=self.default, help=self.help)
-        else:
-            numeric = "N" if self.kind in (int, float) else None
-            group.add_argument(
-                *flags,
-                dest=self.name,
-                type=self.kind,
-                default=self.default,
-                choices=self.choices,
-                metavar=self.shown or numeric,
-                help=self.help,
-            )
+machines.__name__ = "number of machines"  # argparse names it when a value does not fit
 
 
 GENERAL = (
@@ -53,46 +27,87 @@ GENERAL = (
         "config_file",
         "The configuration file; by default the one `accelerate config default` writes, if it exists.",
         shown="FILE",
+        common=True,
+        field=False,
     ),
-    Option("quiet", "Print no notes and no report of failed processes.", bool, short="-q"),
+    Option("quiet", "Print no notes, and of a failure its traceback only.", bool, short="-q", common=True),
     Option(
         "dry_run",
         "Print what would be run, and where each value came from; run nothing.",
         bool,
         False,
         flag="--dry-run",
+        common=True,
+        field=False,
     ),
-    Option("debug", "Check before every collective that the tensors of all processes fit together.", bool),
-    Option("module", "The script is a module, as for `python -m`.", bool, short="-m"),
-    Option("no_python", "The script is a program, and is not run by Python.", bool),
+    Option("json", "With --dry-run: print it as JSON.", bool, False, field=False),
+    Option(
+        "preflight",
+        "Before the script, check that every pair of processes can talk, and that training works; see `accelerate test`.",
+        bool,
+        False,
+        common=True,
+        field=False,
+    ),
+    Option("debug", "Check before every collective that the tensors of all processes fit together.", bool, common=True),
+    Option("module", "The script is a module, as for `python -m`.", bool, short="-m", common=True),
+    Option("no_python", "The script is a program, and is not run by Python.", bool, common=True),
 )
 
 DEVICES = (
-    Option("cpu", "Run on the CPU; with --num_processes, several processes talking through gloo.", bool, False),
-    Option("multi_gpu", "Insist on several devices.", bool, False),
-    Option("gpu_ids", "The devices to use on this machine, such as 0,1; `all` for all that are visible.", shown="IDS"),
+    Option(
+        "cpu", "Run on the CPU; with --num_processes, several processes talking through gloo.", bool, False, common=True
+    ),
+    Option("multi_gpu", "Insist on several devices.", bool, False, common=True),
+    Option(
+        "gpu_ids",
+        "The devices to use on this machine, such as 0,1; `all` for all that are visible.",
+        shown="IDS",
+        common=True,
+    ),
 )
 
 RESOURCES = (
     Option(
-        "num_processes", "Processes on all machines together; by default one for each visible device.", int, short="-n"
+        "num_processes",
+        "Processes on all machines together; by default one for each visible device.",
+        int,
+        short="-n",
+        common=True,
     ),
     Option(
         "mixed_precision",
         "In which numbers models compute: no, fp16, bf16 or fp8.",
-        choices=tuple(PrecisionType.list()),
+        choices=CHOICES["mixed_precision"],
         shown="NAME",
+        common=True,
     ),
-    Option("gradient_accumulation_steps", "Batches whose gradients are summed before the optimizer steps.", int),
-    Option("num_cpu_threads_per_process", "OMP_NUM_THREADS of every process.", int),
+    Option(
+        "gradient_accumulation_steps",
+        "Batches whose gradients are summed before the optimizer steps.",
+        int,
+        common=True,
+    ),
+    Option("num_cpu_threads_per_process", "OMP_NUM_THREADS of every process.", int, common=True),
     Option("enable_cpu_affinity", "Bind every process to the cores near its device.", bool, False),
 )
 
 MACHINES = (
-    Option("num_machines", "Machines that take part.", int),
-    Option("machine_rank", "Which of them this one is, from 0.", int),
-    Option("main_process_ip", "Address of machine 0, as the others reach it.", shown="HOST"),
-    Option("main_process_port", "Port of machine 0; by default 29500, and any free one on a single machine.", int),
+    Option(
+        "num_machines",
+        "Machines that take part; MIN:MAX for a number that may change.",
+        machines,
+        shown="N",
+        common=True,
+    ),
+    Option("machine_rank", "Which of them this one is, from 0.", int, common=True),
+    Option("main_process_ip", "Address of machine 0, as the others reach it.", shown="HOST", common=True),
+    Option(
+        "main_process_port",
+        "Port of machine 0; by default 29500, and any free one on a single machine.",
+        int,
+        common=True,
+    ),
     Option(
         "same_network",
         "The machines share a network. Needs no special treatment; the address and port are used either way.",
@@ -105,7 +120,25 @@ MACHINES = (
         default="static",
         shown="NAME",
     ),
-    Option("rdzv_conf", "Options for it: key=value,key=value.", default="", shown="OPTIONS"),
+    Option(
+        "mpirun_hostfile",
+        "Let mpirun start the processes, on the hosts that this file names.",
+        shown="FILE",
+    ),
+    Option(
+        "deepspeed_hostfile",
+        "Let DeepSpeed's launcher start the processes, on the hosts that this file names. Training stays ours.",
+        shown="FILE",
+    ),
+    Option("deepspeed_inclusion_filter", "The hosts and slots it uses, such as node1@node2:0,2.", shown="FILTER"),
+    Option("deepspeed_exclusion_filter", "Those that it does not use.", shown="FILTER"),
+    Option(
+        "deepspeed_multinode_launcher",
+        "How it reaches the hosts: pdsh (the default), nossh, openmpi, mpich, impi, mvapich or slurm; `standard` is "
+        "torch's launcher.",
+        shown="NAME",
+    ),
+    Option("rdzv_conf", "Options for --rdzv_backend: key=value,key=value.", default="", shown="OPTIONS"),
 )
 
 WORKERS = (
@@ -114,11 +147,13 @@ WORKERS = (
         "Continue a run whose script calls accelerator.resume(): `auto` from its newest complete checkpoint, or from the "
         "beginning if there is none; or from the checkpoint FOLDER. `off` by default.",
         shown="auto|off|FOLDER",
+        common=True,
     ),
     Option(
         "save_on_signals",
         "Signals on which the run saves itself and ends with status 75, such as SIGTERM,SIGUSR1.",
         shown="NAMES",
+        common=True,
     ),
     Option(
         "grace_seconds",
@@ -126,7 +161,7 @@ WORKERS = (
         "default.",
         int,
     ),
-    Option("max_restarts", "How often failed workers are started again.", int, 0),
+    Option("max_restarts", "How often failed workers are started again.", int, 0, common=True),
     Option("monitor_interval", "Seconds between two looks at the workers.", float, 0.1),
     Option(
         "tee",
@@ -134,11 +169,13 @@ WORKERS = (
         default="0",
         short="-t",
         shown="N",
+        common=True,
     ),
     Option(
         "log_dir",
         "Folder for the workers' output, one file for each stream and worker; without --tee, both streams are copied.",
         shown="FOLDER",
+        common=True,
     ),
     Option("role", "Name of the workers, for logs.", default="default", shown="NAME"),
 )
@@ -148,13 +185,14 @@ COMPILATION = (
         "dynamo_backend",
         "Compile models with this back-end of torch.compile, such as inductor.",
         shown="NAME",
-        choices=tuple(name.lower() for name in DynamoBackend.list()),
+        choices=CHOICES["dynamo_backend"],
+        common=True,
     ),
     Option(
         "dynamo_mode",
-        "Mode of torch.compile: default, reduce-overhead or max-autotune.",
+        "Mode of torch.compile: default, reduce-overhead, max-autotune or max-autotune-no-cudagraphs.",
         default="default",
-        choices=("default", "reduce-overhead", "max-autotune"),
+        choices=CHOICES["dynamo_mode"],
         shown="NAME",
     ),
     Option("dynamo_use_fullgraph", "Refuse graph breaks.", bool, False),
@@ -162,69 +200,98 @@ COMPILATION = (
     Option("dynamo_use_regional_compilation", "Compile repeated blocks once.", bool, False),
 )
 
+TORCHRUN = (
+    Option(
+        "nnodes",
+        "Machines that take part, as torchrun has it: N, or MIN:MAX for a run that goes on while machines come and go.",
+        shown="N|MIN:MAX",
+    ),
+    Option("nproc_per_node", "Processes on each machine: a number, or auto, gpu or cpu.", shown="N|auto|gpu|cpu"),
+    Option("node_rank", "The same as --machine_rank.", int),
+    Option("master_addr", "The same as --main_process_ip.", shown="HOST"),
+    Option("master_port", "The same as --main_process_port.", int),
+    Option("rdzv_endpoint", "Where the machines meet; the same as --main_process_ip and --main_process_port.",
+           shown="HOST[:PORT]"),
+    Option("rdzv_id", "Name of the run, which all its machines share.", shown="NAME"),
+    Option("standalone", "Run on this machine only, and meet on a free port.", bool, False),
+    Option("local_addr", "Address under which the others know this machine.", shown="HOST"),
+    Option("run_path", "Run the script by runpy.run_path, which takes folders and archives too.", bool, False),
+    Option("redirects", "Write the workers' output into files, not to the terminal: 1, 2, 3, or WORKER:N,WORKER:N.",
+           short="-r", shown="N"),
+    Option("local_ranks_filter", "Show only the output of these workers of this machine.", shown="RANKS"),
+    Option("duplicate_stdout_filters", "Keep lines of standard output with these words in a file of their own.",
+           shown="WORDS"),
+    Option("duplicate_stderr_filters", "The same for standard error.", shown="WORDS"),
+    Option("logs_specs", "A registered class that decides where logs go.", shown="NAME"),
+    Option("start_method", "Changes nothing: a script always runs in a new interpreter.", choices=("spawn", "fork", "forkserver"),
+           shown="NAME"),
+    Option("event_log_handler", "A registered handler for torch's events.", shown="NAME"),
+    Option("numa_binding", "Bind workers to the memory near their device: node, socket, exclusive or core-complex.",
+           shown="NAME"),
+    Option("signals_to_handle", "Signals that the launcher passes on, such as SIGTERM,SIGINT.", shown="NAMES"),
+    Option("shutdown_timeout", "The same as --grace_seconds.", int),
+    Option("virtual_local_rank", "Every worker sees one device, as number 0.", bool, False),
+)  # fmt: skip
+
 GROUPS = {
     "devices": DEVICES,
     "resources": RESOURCES,
     "several machines": MACHINES,
     "workers": WORKERS,
     "compilation": COMPILATION,
+    "torchrun": TORCHRUN,
+    **ENGINE_GROUPS,
 }
 
-REQUEST_FIELDS = tuple(
-    option.name
-    for group in (GENERAL, *GROUPS.values())
-    for option in group
-    if option.name not in ("config_file", "dry_run")
-)
+OPTIONS = (*GENERAL, *(option for group in GROUPS.values() for option in group))
+
+REQUEST_FIELDS = tuple(option.name for option in OPTIONS if option.field and option.engine is None)
 """The flags that are fields of a `LaunchRequest`."""
 
-_ENGINES = {
-    ("use_fsdp", "fsdp_"): "the FSDP engine",
-    ("use_deepspeed", "deepspeed_", "zero_", "zero3_", "offload_", "gradient_clipping"): "the DeepSpeed engine",
-    ("use_megatron_lm", "megatron_lm_"): "the Megatron-LM engine",
-    ("use_parallelism_config", "parallelism_config_"): "device meshes with several axes",
-    ("fp8_",): "an fp8 engine",
-    ("tpu", "tpu_", "no_tpu_cluster", "vm", "env", "main_training_function", "downcast_bf16"): "the TPU launcher",
-    ("mpirun_hostfile",): "the MPI launcher",
-    ("aws_",): "SageMaker support",
-}
-"""Beginnings of the flags that other versions have -> what is missing here."""
+ENGINE_FLAGS = tuple(option for option in OPTIONS if option.engine is not None)
+"""The flags that are refused."""
 
 
-def engine_of(flag: str) -> str | None:
-    """Return what a flag known from other versions would need, if it is one."""
-    name = flag.lstrip("-").replace("-", "_")
-    for beginnings, engine in _ENGINES.items():
-        for beginning in beginnings:
-            if name == beginning or (beginning.endswith("_") and name.startswith(beginning)):
-                return engine
-    return None
+class _HelpAll(argparse.Action):
+    """Prints the help of all flags, and ends. What would be refused is only listed."""
 
-
-def explain_absent(flag: str) -> str:
-    """Say why a flag of other versions is not accepted; empty for a flag nobody knows."""
-    engine = engine_of(flag)
-    if engine is None:
-        return ""
-    return (
-        f"{flag} needs {engine}, which accelerate 2.0 does not have yet.\n"
-        "Available: one process, or data parallelism over several (DistributedDataParallel), in fp32, bf16 or fp16.\n"
-        "Leave the flag out, or stay on accelerate 1.x for this run."
-    )
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        for action in parser._actions:
+            action.help = getattr(action, "text", action.help)
+        for group in parser._action_groups:
+            if group.title in ENGINE_GROUPS:
+                actions = group._group_actions
+                group.description = ", ".join(action.option_strings[0] for action in actions)
+                for action in actions:
+                    action.help = argparse.SUPPRESS
+        parser.print_help()
+        parser.exit()
 
 
 def add_launch_options(parser: CustomArgumentParser) -> None:
     """Add all flags of `accelerate launch`, and the script with its arguments."""
-    for option in GENERAL:
-        option.add_to(parser)
-    for title, options in GROUPS.items():
-        group = parser.add_argument_group(title)
-        for option in options:
-            option.add_to(group)
+    add_launch_flags(parser)
     parser.add_argument("training_script", type=str, metavar="SCRIPT", help="What to run.")
     rest = parser.add_argument(
         "training_script_args", nargs=argparse.REMAINDER, metavar="ARGS", help="Everything after it is passed on to it."
     )
     rest.required = False  # argparse would ask for it along with a missing script
     parser.rest = rest.dest
-    parser.explain_unknown = explain_absent
+
+
+def add_launch_flags(parser: CustomArgumentParser, without: Collection[str] = ()) -> None:
+    """Add the flags of `accelerate launch`.
+
+    Args:
+        parser: Where to add them.
+        without: Names of those to leave out.
+    """
+    parser.add_argument("--help-all", action=_HelpAll, nargs=0, help="Show all flags, those of torchrun included.")
+    for option in GENERAL:
+        if option.name not in without:
+            option.add_to(parser)
+    for title, options in GROUPS.items():
+        group = parser.add_argument_group(title)
+        for option in options:
+            if option.name not in without:
+                option.add_to(group)

@@ -6,12 +6,15 @@ Owns the two spellings of a flag, the record of which flags were given, and how 
 from __future__ import annotations
 
 import argparse
+import atexit
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
-from ..core.errors import AccelerateError, nearest
+from ..core.errors import AccelerateError, explain, nearest
 from ..launch.report import WorkersFailed
 
 USAGE_STATUS = 2
@@ -37,6 +40,22 @@ class _StoreTrue(argparse._StoreTrueAction):
         super().__call__(parser, namespace, values, option_string)
 
 
+class _StoreConst(argparse._StoreConstAction):
+    """Stores a constant and notes that it was given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        _note(namespace, self)
+        super().__call__(parser, namespace, values, option_string)
+
+
+class _Append(argparse._AppendAction):
+    """Appends a value and notes that it was given."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        _note(namespace, self)
+        super().__call__(parser, namespace, values, option_string)
+
+
 def _note(namespace: Any, action: argparse.Action) -> None:
     if action.option_strings:
         namespace.nondefault = {*getattr(namespace, "nondefault", ()), action.dest}
@@ -49,6 +68,12 @@ def _spellings(names: Sequence[str]) -> list[str]:
         if name.startswith("--"):
             found += [f"--{name[2:].replace('_', '-')}", f"--{name[2:].replace('-', '_')}"]
     return list(dict.fromkeys(found))
+
+
+def _not_accepted(action: argparse.Action, value: object, accepted: Iterable[object] | str) -> argparse.ArgumentError:
+    flag = next((name for name in action.option_strings if name.startswith("--")), action.dest)
+    problem = f"{action.dest}={value!r} is not accepted (from {flag})."
+    return argparse.ArgumentError(None, explain(problem, accepted=accepted, remedy="Correct the command line."))
 
 
 class _OneSpelling(argparse.HelpFormatter):
@@ -79,10 +104,12 @@ class CustomArgumentParser(argparse.ArgumentParser):
         self.register("action", None, _Store)
         self.register("action", "store", _Store)
         self.register("action", "store_true", _StoreTrue)
-        self.explain_unknown: Callable[[str], str] | None = None
-        """Says more about a flag that this parser does not have."""
+        self.register("action", "store_const", _StoreConst)
+        self.register("action", "append", _Append)
         self.rest: str | None = None
         """Name of the last argument, if that takes all words behind the one before it as they are, `--` included."""
+        self.hint = ""
+        """What else to say about a flag that is not known."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
         return super().add_argument(*_spellings(args), **kwargs)
@@ -91,6 +118,27 @@ class CustomArgumentParser(argparse.ArgumentParser):
         group = CustomArgumentGroup(self, *args, **kwargs)
         self._action_groups.append(group)
         return group
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError:
+            accepted = {int: "an integer", float: "a number"}.get(action.type)  # pyright: ignore[reportArgumentType, reportCallIssue]
+            raise _not_accepted(action, arg_string, accepted or f"a {getattr(action.type, '__name__', '')}") from None
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices and action.option_strings:
+            raise _not_accepted(action, value, list(action.choices))
+        super()._check_value(action, value)
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with a message; argparse names all spellings of a flag, where one is enough."""
+        match = re.match("argument ([^ ]*): ", message)
+        if match:
+            names = match.group(1).split("/")
+            flag = next((name for name in names if name.startswith("--")), names[0])
+            message = f"{flag}: {message[match.end() :]}"
+        super().error(message)
 
     def parse_args(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, args: Any = None, namespace: Any = None
@@ -140,11 +188,19 @@ class CustomArgumentParser(argparse.ArgumentParser):
     def describe_unknown(self, unknown: Sequence[str]) -> str:
         """Say what is wrong with words that no flag takes, naming the nearest flag."""
         flag = next((word for word in unknown if word.startswith("-")), unknown[0]).partition("=")[0]
-        more = self.explain_unknown(flag) if self.explain_unknown else ""
-        known = [name for name in self._option_string_actions if name.startswith("--")]
-        return f"unrecognized arguments: {' '.join(unknown)}\n{more or f'{flag} is not a flag of {self.prog}.'}" + (
-            "" if more else nearest(flag, known)
+        known = [name for name in self._flags() if name.startswith("--")]
+        return (
+            f"unrecognized arguments: {' '.join(unknown)}\n{flag} is not a flag of {self.prog}.{nearest(flag, known)}"
+            f"{self.hint}"
         )
+
+    def _flags(self) -> Iterator[str]:
+        """Yield the flags of this parser and of its sub-parsers, which leave to it what they do not know."""
+        yield from self._option_string_actions
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    yield from parser._option_string_actions
 
 
 class CustomArgumentGroup(argparse._ArgumentGroup):
@@ -171,6 +227,15 @@ def run(command: Callable[[Any], object], args: Any, name: str) -> None:
         fail(name, str(error), USAGE_STATUS)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def leave(status: int) -> NoReturn:
+    """End the program when its work is done, without taking torch apart: that takes half a second."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
 
 
 def fail(name: str, message: str, status: int) -> NoReturn:

@@ -26,6 +26,9 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u206
 class AccelerateError(Exception):
     """Base of all errors that this library raises on purpose."""
 
+    arose_on: tuple[int, ...] = ()
+    """Of an error that all ranks raise because some failed: those ranks. The launcher names one of them."""
+
 
 class SettingError(AccelerateError, ValueError):
     """A setting has a value that is not accepted, or contradicts another one."""
@@ -79,8 +82,25 @@ def explain(problem: str, *, accepted: Iterable[object] | str | None = None, rem
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:
-    """Return `" Did you mean 'x'?"` for the closest candidate, or an empty string."""
+    """Return `" Did you mean 'x'?"` for the candidate that was most likely meant, or an empty string.
+
+    One that begins with the word or has it as a part comes before one that only looks alike; of several, the first.
+    """
     import difflib
 
-    found = difflib.get_close_matches(word, list(candidates), n=1)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    plain = {candidate: _plain(candidate) for candidate in candidates}
+    wanted = _plain(word)
+    rules = (
+        lambda name: name.replace("_", "").startswith(wanted.replace("_", "")),
+        lambda name: f"_{wanted}_" in f"_{name}_",
+    )
+    for rule in rules if len(wanted) > 1 else ():
+        found = next((candidate for candidate, name in plain.items() if rule(name)), None)
+        if found:
+            return f" Did you mean {found!r}?"
+    alike = difflib.get_close_matches(wanted, plain.values(), n=1, cutoff=0.75)
+    return f" Did you mean {next(found for found, name in plain.items() if name == alike[0])!r}?" if alike else ""
+
+
+def _plain(name: str) -> str:
+    return name.lstrip("-").replace("-", "_").lower()

@@ -68,3 +68,8 @@ def convert_bytes(size: float) -> str:
             break
         size /= 1024
     return f"{round(size, 2)} {unit}"
+
+
+def is_host(text: str) -> bool:
+    """Tell whether a text can be an address or the name of a host."""
+    return text[:1] not in ("", "-") and all(sign.isascii() and (sign.isalnum() or sign in ".-:_%[]") for sign in text)

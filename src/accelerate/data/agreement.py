@@ -157,7 +157,9 @@ class Agreement:
         if all(row.kind != _FAILED for row in table):
             return table, None
         texts = runtime.collectives.all_gather_object(None if reader.error is None else _text_of(reader.error))
-        return table, AgreementError(_cannot_read(texts))
+        error = AgreementError(_cannot_read(texts))
+        error.arose_on = tuple(rank for rank, text in enumerate(texts) if text is not None)
+        return table, error
 
     def _exchange(self, runtime: Runtime, kind: int, rows: int = 0, real: int = 0) -> list[_Row]:
         """Tell all ranks about this one's next batch, and return what each of them told."""

@@ -10,9 +10,12 @@ import ast
 import ctypes
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..core.errors import SettingError, explain
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,8 @@ class Devices:
     name: str = "cpu"
     visible: str | None = None
     """The variable that restricts which of them a process sees."""
+    is_all: bool = False
+    """Whether these are known to be all of the machine: then their numbers go from 0 to the last."""
 
 
 NONE = Devices(0)
@@ -34,10 +39,38 @@ def find(environ: Mapping[str, str]) -> Devices:
     build = torch_build()
     if build.get("cuda") and not _has_plugins():
         count = visible_count(nvidia_count(), environ.get(CUDA_VARIABLE))
-        return Devices(count, "cuda", CUDA_VARIABLE)
+        return Devices(count, "cuda", CUDA_VARIABLE, CUDA_VARIABLE not in environ)
     if build and not any(build.get(kind) for kind in ("cuda", "hip", "xpu", "mps")) and not _has_plugins():
         return NONE
     return _ask_torch()
+
+
+_ID = re.compile(r"\d{1,9}([.-]\d+)?|(GPU|MIG)-\S+", re.ASCII)
+"""A number, a part (0.1) or a range (0-3) as some vendors have them, or a name."""
+
+
+def check_ids(ids: Sequence[str], described: str, found: Devices | None = None) -> None:
+    """Refuse devices that no machine has, or that this one does not have.
+
+    Args:
+        ids: What was asked for.
+        described: The setting with its origin, for the error.
+        found: What this machine shows, if that is known.
+    """
+    wrong = next((name for name in ids if not _ID.fullmatch(name)), None)
+    twice = next((name for name in ids if ids.count(name) > 1), None)
+    most = found.count if found is not None and found.is_all and found.count else None
+    absent = next((name for name in ids if most and name.isdigit() and int(name) >= most), None)
+    if wrong is not None:
+        problem = f"holds {wrong!r:.100}, which is no device"
+    elif twice is not None:
+        problem = f"names the device {twice} twice"
+    elif found is not None and absent is not None:
+        problem = f"names {absent:.20}, and this machine shows {most} {found.name} device(s), counted from 0"
+    else:
+        return
+    accepted = "`all`, numbers such as 0,1, or names such as GPU-8932f937"
+    raise SettingError(explain(f"{described} {problem}.", accepted=accepted, remedy="Name each device once."))
 
 
 def torch_build() -> dict[str, str | None]:

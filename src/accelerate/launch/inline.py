@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from ..core.errors import LaunchError, explain
+from ..core.last_words import LAUNCHER_VARIABLE
 from ..core.leaving import NOTE_VARIABLE, PREEMPTED_STATUS
 from ..settings import env
 from ..settings.preemption import SIGNALS
@@ -25,9 +26,9 @@ from .report import RunPreempted, WorkersFailed
 def become(plan: LaunchPlan) -> NoReturn:
     """Replace this process by the script. Does not return."""
     try:
-        os.execvpe(plan.argv[0], plan.argv, _environment(plan))
+        os.execvpe(plan.argv[0], plan.argv, environment(plan))
     except OSError as error:
-        raise _not_started(plan, error) from error
+        raise not_started(plan, error) from error
 
 
 def run(plan: LaunchPlan) -> None:
@@ -43,7 +44,7 @@ def run(plan: LaunchPlan) -> None:
         try:
             status = child.start(plan)
         except OSError as error:
-            raise _not_started(plan, error) from error
+            raise not_started(plan, error) from error
     if child.received == signal.SIGINT:
         raise KeyboardInterrupt
     if status == PREEMPTED_STATUS:
@@ -69,7 +70,7 @@ class _Child:
 
     def start(self, plan: LaunchPlan) -> int:
         """Run the script; return its exit code."""
-        self.process = subprocess.Popen(plan.argv, env=_environment(plan))
+        self.process = subprocess.Popen(plan.argv, env=environment(plan))
         if self.received is not None:  # it came while the process was being made
             self._send(self.received)
         return self.process.wait()
@@ -118,14 +119,16 @@ def _owns_terminal() -> bool:
         os.close(terminal)
 
 
-def _environment(plan: LaunchPlan) -> dict[str, str]:
-    # The last is that of a launcher further up, whose run this is not.
-    without = {*plan.without, NOTE_VARIABLE}
+def environment(plan: LaunchPlan) -> dict[str, str]:
+    """Return the variables of the process that carries out a plan."""
+    # The last two are those of a launcher further up, whose run this is not.
+    without = {*plan.without, NOTE_VARIABLE, LAUNCHER_VARIABLE}
     inherited = {name: value for name, value in env.read().items() if name not in without}
     return {**inherited, **plan.env}
 
 
-def _not_started(plan: LaunchPlan, error: OSError) -> LaunchError:
+def not_started(plan: LaunchPlan, error: OSError) -> LaunchError:
+    """Return the error for a program that could not be run."""
     return LaunchError(
         explain(
             f"{plan.argv[0]!r} cannot be run: {error.strerror}.",

@@ -9,10 +9,14 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from . import devices
+from ..core.errors import SettingError, explain
+from ..topology import network
+from . import deepspeed, devices, mpirun
 from .devices import Devices
+from .mpirun import Program
 from .request import LaunchRequest
 
 
@@ -26,8 +30,22 @@ class Machine:
     """The accelerators; `None` when nobody had to know."""
     cores: int = 1
     """Physical cores this process may use."""
+    logical_cores: int = 1
+    """What `--nproc_per_node cpu` counts."""
     port_is_taken: bool = False
     """Whether somebody listens on the port that was asked for."""
+    mpirun: Program | None = None
+    """The `mpirun` that was asked for."""
+    deepspeed: deepspeed.Found | None = None
+    """What DeepSpeed's launcher needs, if it was asked for."""
+    address: str | None = None
+    """The address under which the other machines of the run see this one, if it can be told."""
+    network: Mapping[str, str] = field(default_factory=dict)
+    """Variables that lead gloo and NCCL to the network of the run, where they would take another one."""
+    loopback: str | None = None
+    """The interface that reaches this machine alone; `None` where the system has another way, or gloo's is chosen."""
+    names_interface: bool = False
+    """Whether the environment chooses the interface of nccl."""
     rank_variables: tuple[str, ...] = ()
     """The variables in the environment that tell a process which rank of which run it is."""
 
@@ -38,16 +56,67 @@ class Machine:
 
 
 def survey(request: LaunchRequest, environ: Mapping[str, str]) -> Machine:
-    """Find out what the plan for `request` needs to know."""
-    wants_devices = not request.cpu and (request.num_processes != 1 or request.gpu_ids is not None)
-    many = request.num_processes not in (None, 1)
+    """Find out what the plan for `request` needs to know.
+
+    Raises:
+        SettingError: (a `ValueError`) for a file or folder that cannot be what was asked for.
+        LaunchError: If a program that was asked for does not run.
+    """
+    if request.log_dir is not None:
+        _check_folder(request.log_dir, request.describe("log_dir"))
+    hosts = request.mpirun_hostfile
+    asked, by_other = request.deepspeed, bool(hosts or request.deepspeed)
+    needs_one = request.gpu_ids is not None or request.numa_binding is not None
+    wants_devices = not request.cpu and (needs_one or (not by_other and request.num_processes != 1))
+    far = request.num_machines > 1 and not by_other and request.main_process_ip
+    route = network.route_to(request.main_process_ip or "", request.main_process_port or 0) if far else None
+    many = request.num_processes not in (None, 1) or request.processes_per_machine is not None or asked
     return Machine(
         python=sys.executable,
         devices=devices.find(environ) if wants_devices else None,
         cores=physical_cores() if many or request.num_machines > 1 else 1,
-        port_is_taken=_asks_for_port(request) and not is_port_free(request.main_process_port or 0),
+        logical_cores=os.cpu_count() or 1,
+        port_is_taken=_asks_for_port(request) and _port_is_taken(request),
+        mpirun=mpirun.find(hosts, request.describe("mpirun_hostfile")) if hosts else None,
+        deepspeed=deepspeed.find(
+            request.deepspeed_multinode_launcher, request.deepspeed_hostfile, request.describe(asked), environ
+        )
+        if asked
+        else None,
+        address=route and route.address,
+        network=route.variables(environ) if route else {},
+        loopback=_loopback() if request.num_processes != 1 and "GLOO_SOCKET_IFNAME" not in environ else None,
+        names_interface="NCCL_SOCKET_IFNAME" in environ,
         rank_variables=_rank_variables(environ),
     )
+
+
+def _check_folder(name: str, described: str) -> None:
+    """Refuse a folder that cannot be made, without making it."""
+    folder = Path(name).absolute()
+    there = next(part for part in (folder, *folder.parents) if os.path.lexists(part))
+    if not there.is_dir():
+        problem = f"{there} is no folder"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        problem = f"{there} is not writable"
+    else:
+        return
+    raise unusable_folder(described, problem)
+
+
+def unusable_folder(described: str, problem: str) -> SettingError:
+    """Return the error for a folder of logs that cannot be used."""
+    return SettingError(
+        explain(
+            f"{described} cannot be used: {problem}.",
+            accepted="a folder, which is made if it does not exist",
+            remedy="Pass another --log_dir.",
+        )
+    )
+
+
+def _loopback() -> str | None:
+    return "lo" if Path("/sys/class/net/lo").exists() else None
 
 
 _TORCHRUN = (
@@ -65,7 +134,8 @@ def _rank_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def _asks_for_port(request: LaunchRequest) -> bool:
-    return bool(request.main_process_port) and request.machine_rank == 0
+    by_other = request.mpirun_hostfile is not None or request.deepspeed is not None
+    return bool(request.main_process_port) and request.machine_rank == 0 and not by_other
 
 
 def physical_cores() -> int:
@@ -77,13 +147,32 @@ def physical_cores() -> int:
     return max(1, min(present, allowed))
 
 
+def _port_is_taken(request: LaunchRequest) -> bool:
+    try:
+        return not is_port_free(request.main_process_port or 0)
+    except PermissionError:
+        raise SettingError(
+            explain(
+                f"{request.describe('main_process_port')} is a port on which this user may not listen.",
+                accepted="a port from 1024 on; those below are the system's on most machines",
+                remedy="Pass another --main_process_port.",
+            )
+        ) from None
+
+
 def is_port_free(port: int) -> bool:
-    """Tell whether a server could listen on `port` of all addresses of this machine now."""
+    """Tell whether a server could listen on `port` of all addresses of this machine now.
+
+    Raises:
+        PermissionError: If this user may not use the port.
+    """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         # As torch's store does it: a port that only waits for its last packets counts as free.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("", port))
+        except PermissionError:
+            raise
         except OSError:
             return False
     return True

@@ -149,7 +149,8 @@ def _device(family: Hardware, named: torch.device | None, index: int | None = No
 
 def _own_index(process: Process, family: Hardware, named: torch.device | None, environ: Mapping[str, str]) -> int:
     """Return the index of this process's device among those it sees."""
-    if named is not None and named.index is not None and family.needs_placement and process.local_world_size > 1:
+    several = process.local_world_size > 1 and process.source != "attached"  # Ray names each process's own
+    if named is not None and named.index is not None and family.needs_placement and several:
         raise SettingError(
             explain(
                 f"ACCELERATE_TORCH_DEVICE={named} would put all {process.local_world_size} processes of this machine on "

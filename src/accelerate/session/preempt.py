@@ -60,7 +60,9 @@ def _leave(session: Session, save: Callable[[], Path | str], reason: str) -> NoR
     folder = save()
     process = runtime.process
     note = env.get(NOTE_VARIABLE)
-    if note is not None:
+    if (
+        note is not None and Path(note).parent.is_dir()
+    ):  # it is not where SLURM has taken the variable to another machine
         if process.local_rank == 0:
             # Under another name until it is whole: our launcher may look at any time.
             written = Path(f"{note}.tmp")

@@ -12,7 +12,7 @@ from ..core.errors import NotStarted, SettingError, explain
 from ..runtime import preemption, resuming
 from ..runtime import state as runtime_state
 from ..runtime.partial_state import PartialState
-from ..settings import arguments, env
+from ..settings import arguments, env, origins
 from ..settings.options import absent
 from ..settings.options.compile import TorchDynamoPlugin
 
@@ -63,9 +63,13 @@ class AcceleratorState:
         ):
             if value is not None:
                 absent.refuse(f"{name}={value!r:.60} (an argument of AcceleratorState)", engine)
-        precision = arguments.precision_from(mixed_precision, env.read())
+        environ = env.read()
+        precision = arguments.precision_from(mixed_precision, environ)
+        said = environ.get(arguments.PRECISION_VARIABLE)
         if self.initialized:
-            self._check_again(precision if mixed_precision else None, cpu)
+            origin = "" if mixed_precision else f" ({origins.origin(environ, arguments.PRECISION_VARIABLE)})"
+            heard = not mixed_precision and said == self._precision_variable
+            self._check_again(None if heard else precision, origin, cpu)
             return
         if not _from_accelerator:
             raise SettingError(
@@ -76,18 +80,19 @@ class AcceleratorState:
             )
         _start_or_check_process(cpu, kwargs)
         self._mixed_precision = (precision or PrecisionType.NO).value
+        self._precision_variable = said
         self.dynamo_plugin = dynamo_plugin or TorchDynamoPlugin()
         self.deepspeed_plugins: Any = None
         self.device_mesh: Any = None
         self.parallelism_config: Any = None
         self.torch_tp_plugin: Any = None
 
-    def _check_again(self, precision: PrecisionType | None, cpu: bool) -> None:
+    def _check_again(self, precision: PrecisionType | None, origin: str, cpu: bool) -> None:
         if precision and precision.value != self._mixed_precision:
             raise SettingError(
                 explain(
-                    f"mixed_precision={precision.value!r} contradicts {self._mixed_precision!r}, with which this process "
-                    "has been set up by an earlier Accelerator.",
+                    f"mixed_precision={precision.value!r}{origin} contradicts {self._mixed_precision!r}, with which this "
+                    "process has been set up by an earlier Accelerator.",
                     accepted=f"{self._mixed_precision!r}, or no mixed_precision",
                     remedy="Give all Accelerators of a process the same precision, or end the first one: "
                     "use it as `with Accelerator(...) as accelerator:`.",

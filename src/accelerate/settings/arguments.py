@@ -6,11 +6,11 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
+from ..core import engines
 from ..core.enums import PrecisionType, RNGType
 from ..core.errors import SettingError, WrongTypeError, explain
-from . import preemption
+from . import origins, preemption, variables
 from .bag import KwargsHandler
-from .env import flag
 from .options import absent
 from .options.accumulation import GradientAccumulationPlugin
 from .options.compile import TorchDynamoPlugin
@@ -28,23 +28,19 @@ from .settings import Handlers, Settings
 UNSET: Any = object()
 """The default of `split_batches`, which tells "not given" from `False`."""
 
+PRECISION_VARIABLE = "ACCELERATE_MIXED_PRECISION"
+
 T = TypeVar("T")
 
-# Argument or variable -> the engine it needs.
+# Argument -> the engine it needs.
 _ABSENT_ARGUMENTS = {
-    "deepspeed_plugin": "the DeepSpeed engine",
-    "deepspeed_plugins": "the DeepSpeed engine",
-    "fsdp_plugin": "the FSDP engine",
-    "torch_tp_plugin": "the tensor-parallel engine",
-    "megatron_lm_plugin": "the Megatron-LM engine",
-    "parallelism_config": "device meshes with several axes",
-    "log_with": "experiment trackers",
-}
-_ABSENT_VARIABLES = {
-    "ACCELERATE_USE_DEEPSPEED": "the DeepSpeed engine",
-    "ACCELERATE_USE_FSDP": "the FSDP engine",
-    "ACCELERATE_USE_MEGATRON_LM": "the Megatron-LM engine",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "device meshes with several axes",
+    "deepspeed_plugin": engines.DEEPSPEED,
+    "deepspeed_plugins": engines.DEEPSPEED,
+    "fsdp_plugin": engines.FSDP,
+    "torch_tp_plugin": engines.TENSOR_PARALLEL,
+    "megatron_lm_plugin": engines.MEGATRON,
+    "parallelism_config": engines.MESH,
+    "log_with": engines.TRACKERS,
 }
 
 
@@ -73,12 +69,13 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> Setting
                 )
             )
     _refuse_absent(arguments, environ)
-    origin: dict[str, str] = {}
+    _warn_of_ignored(environ)
     project = _project(arguments)
+    origin = _origins(arguments, environ)
     return Settings(
         cpu=bool(arguments["cpu"]),
         device_placement=arguments["device_placement"],
-        mixed_precision=precision_from(arguments["mixed_precision"], environ, origin),
+        mixed_precision=precision_from(arguments["mixed_precision"], environ),
         accumulation=_accumulation(arguments, environ),
         data=_data(arguments),
         project=project,
@@ -96,19 +93,16 @@ def resolve(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> Setting
 def precision_from(
     given: str | PrecisionType | None,
     environ: Mapping[str, str],
-    origin: dict[str, str] | None = None,
 ) -> PrecisionType | None:
     """Return the precision an argument or ACCELERATE_MIXED_PRECISION names; `None` if neither does."""
     value, source = given, "from the argument mixed_precision"
     if value is None:
         value, source = (
-            environ.get("ACCELERATE_MIXED_PRECISION"),
-            "from ACCELERATE_MIXED_PRECISION",
+            environ.get(PRECISION_VARIABLE),
+            origins.origin(environ, PRECISION_VARIABLE),
         )
     if value is None:
         return None
-    if origin is not None:
-        origin["mixed_precision"] = source
     try:
         return PrecisionType(str(value).lower())
     except ValueError:
@@ -124,13 +118,54 @@ def precision_from(
         ) from None
 
 
+_VARIABLES = {
+    "cpu": "ACCELERATE_USE_CPU",
+    "mixed_precision": PRECISION_VARIABLE,
+    "gradient_accumulation_steps": "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+    "dynamo_backend": "ACCELERATE_DYNAMO_BACKEND",
+    "save_on_signals": preemption.SIGNALS_VARIABLE,
+    "resume": preemption.RESUME_VARIABLE,
+}
+"""Setting -> the variable that may give it."""
+
+
+def _origins(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, str]:
+    """Return for every setting that has several sources the one that gave it; a default has no entry."""
+    found: dict[str, str] = {}
+
+    def note(setting: str, argument: str, given: bool) -> None:
+        if given:
+            found.setdefault(setting, f"from the argument {argument}")
+
+    note("cpu", "cpu", bool(arguments["cpu"]))
+    for setting, names in (
+        ("mixed_precision", ("mixed_precision",)),
+        ("gradient_accumulation_steps", ("gradient_accumulation_plugin",)),
+        ("dynamo_backend", ("dynamo_plugin", "dynamo_backend")),
+    ):
+        for argument in names:
+            note(setting, argument, arguments[argument] is not None)
+    project = arguments["project_config"]
+    note("save_on_signals", "project_config", getattr(project, "save_on_signals", None) is not None)
+    for setting, variable in _VARIABLES.items():
+        if environ.get(variable):
+            found.setdefault(setting, origins.origin(environ, variable))
+    # A plain number gives way to the variable.
+    note("gradient_accumulation_steps", "gradient_accumulation_steps", arguments["gradient_accumulation_steps"] != 1)
+    return found
+
+
+def _warn_of_ignored(environ: Mapping[str, str]) -> None:
+    for text in variables.about_ignored(environ):
+        if not origins.was_told(environ, text):
+            warnings.warn(text, stacklevel=4)
+
+
 def _refuse_absent(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> None:
     for name, engine in _ABSENT_ARGUMENTS.items():
         if arguments[name] is not None and arguments[name] != []:
             absent.refuse(f"{name}={arguments[name]!r:.60} (an argument of Accelerator)", engine)
-    for name, engine in _ABSENT_VARIABLES.items():
-        if flag(environ, name):
-            absent.refuse(f"{name}={environ[name]} (in the environment)", engine)
+    variables.refuse_absent(environ)
 
 
 def _accumulation(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> GradientAccumulationPlugin:
@@ -151,11 +186,12 @@ def _accumulation(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> G
         return plugin
     text = environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if text is not None:
+        source = origins.origin(environ, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
         asked = whole_number(text, "ACCELERATE_GRADIENT_ACCUMULATION_STEPS in the environment")
         if steps not in (1, asked):
             warnings.warn(
-                f"gradient_accumulation_steps={steps} (argument of Accelerator) gives way to {asked} (from "
-                "ACCELERATE_GRADIENT_ACCUMULATION_STEPS, as the launcher sets it). Unset the variable, or pass a "
+                f"gradient_accumulation_steps={steps} (argument of Accelerator) gives way to {asked} "
+                f"({source}). Unset the variable ACCELERATE_GRADIENT_ACCUMULATION_STEPS, or pass a "
                 "GradientAccumulationPlugin, which always counts.",
                 stacklevel=4,
             )

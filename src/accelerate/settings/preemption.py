@@ -8,6 +8,7 @@ from typing import Any
 
 from ..core.addresses import shown
 from ..core.errors import SettingError, WrongTypeError, explain
+from . import origins
 from .options.project import ProjectConfiguration
 
 SIGNALS = tuple(name for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name))
@@ -26,7 +27,7 @@ def signals_from(project: ProjectConfiguration, environ: Mapping[str, str]) -> t
     """
     given, origin = project.save_on_signals, "from ProjectConfiguration"
     if given is None:
-        given, origin = environ.get(SIGNALS_VARIABLE) or (), f"from {SIGNALS_VARIABLE}"
+        given, origin = environ.get(SIGNALS_VARIABLE) or (), origins.origin(environ, SIGNALS_VARIABLE)
     names = names_of(given, origin)
     if names and not (project.automatic_checkpoint_naming and project.project_dir):
         raise SettingError(

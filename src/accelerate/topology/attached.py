@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 
-from .connect import existing_group
 from .process import Process
 from .variables import number
 
 
 def find(environ: Mapping[str, str]) -> Process | None:
     """Return the place in the existing group, if there is one."""
+    # Whoever made a group has imported torch; a launcher that asks who it is need not.
+    if "torch" not in sys.modules:
+        return None
+    from .connect import existing_group
+
     group = existing_group()
     if group is None:
         return None

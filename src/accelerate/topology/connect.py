@@ -26,8 +26,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..core.errors import SettingError, explain
+from ..core.errors import LaunchError, SettingError, explain
+from ..core.last_words import LAUNCHER_VARIABLE, NOTE_FILE_VARIABLE
 from ..settings import env
+from . import network
 from .process import Process
 
 
@@ -107,6 +109,7 @@ def connect(
         options.update(init_method=init_method, rank=process.rank, world_size=process.world_size)
     else:
         _announce(process)
+        _choose_network(process)
     dist.init_process_group(backend=backend, **options)
     _note_failures()
 
@@ -114,7 +117,8 @@ def connect(
 def _note_failures() -> None:
     # Torch's agent names the rank that failed first by the time in the file it gave each rank. Without a note there,
     # the ranks that fell because another one had gone are hard to tell from it.
-    if env.get("TORCHELASTIC_ERROR_FILE") is None:
+    # Our own launcher is told from the first import on, by `core.last_words`.
+    if env.get(NOTE_FILE_VARIABLE) is None or env.get(LAUNCHER_VARIABLE) is not None:
         return
     before = sys.excepthook
 
@@ -223,6 +227,15 @@ def _backends(group: Any) -> list[Any]:
     return list(found.values())
 
 
+def _choose_network(process: Process) -> None:
+    # Our launcher has done so for its workers; others leave it to the name of the machine.
+    host, _, port = (process.address or "").rpartition(":")
+    if process.local_world_size < process.world_size and host:
+        route = network.route_to(host, int(port))
+        for name, value in (route.variables(env.read()) if route else {}).items():
+            env.announce(name, value)
+
+
 def _announce(process: Process) -> None:
     # Torch's rendezvous reads these; MPI launchers do not set them.
     host, _, port = (process.address or "127.0.0.1:29500").rpartition(":")
@@ -236,3 +249,52 @@ def _announce(process: Process) -> None:
     }
     for name, value in values.items():
         env.announce(name, str(value))
+
+
+def join_store(process: Process, limit: timedelta) -> Any:
+    """Join the store in which the ranks of a run meet, and no group. Called on all ranks; keys are this caller's own.
+
+    Where nobody else serves it, rank 0 does, as long as it keeps it.
+
+    Raises:
+        LaunchError: (a `RuntimeError`) if nobody serves it within `limit`.
+    """
+    _announce(process)
+    host, _, port = (process.address or "127.0.0.1:29500").rpartition(":")
+    try:
+        store = dist.TCPStore(  # pyright: ignore[reportPrivateImportUsage]
+            host,
+            int(port),
+            is_master=process.rank == 0 and not serves_store(),
+            timeout=limit,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        raise LaunchError(
+            explain(
+                f"Rank {process.rank} cannot reach {host}:{port}, where the ranks are to meet: "
+                f"{str(error).splitlines()[0]}",
+                remedy="Check that rank 0 runs, that the name leads to its address, and that the port is open there.",
+            )
+        ) from error
+    return dist.distributed_c10d.PrefixStore(f"accelerate/alone/{env.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def serves_store() -> bool:
+    """Tell whether a launcher serves the store of this run, and not rank 0."""
+    return env.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def make_group(store: Any, name: str, *, rank: int, world_size: int, backend: str, limit: timedelta) -> None:
+    """Make a default group of some ranks, over a store that they have joined. Collective among these."""
+    store = dist.distributed_c10d.PrefixStore(name, store)
+    dist.init_process_group(backend, store=store, timeout=limit, rank=rank, world_size=world_size)
+
+
+def leave_group(*, stuck: bool = False) -> None:
+    """Leave the default group; `stuck` gives up what is still on its way."""
+    if stuck and not can_break_off():
+        dist.distributed_c10d._abort_process_group()
+    else:
+        disconnect()

@@ -14,7 +14,7 @@ class Process:
     local_rank: int = 0
     local_world_size: int = 1
     source: str = "single"
-    """Who said so: `"torchrun"`, `"mpi"`, `"attached"` or `"single"`."""
+    """Who said so: `"torchrun"`, `"mpi"`, `"slurm"`, `"attached"` or `"single"`."""
 
     address: str | None = None
     """Where the processes meet, as `host:port`; `None` when they have met already, or need not."""

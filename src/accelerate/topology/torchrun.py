@@ -21,7 +21,7 @@ def find(environ: Mapping[str, str]) -> Process | None:
     check_rank(rank, world_size, "RANK and WORLD_SIZE in the environment")
     if world_size == 1 and "MASTER_ADDR" not in environ:
         return None  # LOCAL_RANK alone, as some notebooks set it: nobody to meet
-    local_world_size = number(environ, "LOCAL_WORLD_SIZE", world_size)
+    local_world_size = _local_world_size(environ, world_size, rank - local_rank)
     if "LOCAL_WORLD_SIZE" in environ:
         check_rank(
             local_rank,
@@ -36,6 +36,21 @@ def find(environ: Mapping[str, str]) -> Process | None:
         source="torchrun",
         address=f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{environ.get('MASTER_PORT', '29500')}",
     )
+
+
+def _local_world_size(environ: Mapping[str, str], world_size: int, before: int) -> int:
+    """Return how many processes this machine has, of which some come before them on others.
+
+    DeepSpeed's launcher has a name of its own for it. AzureML does not say it, and numbers the machines.
+    """
+    if "LOCAL_WORLD_SIZE" not in environ and environ.get("LOCAL_SIZE", "").isdecimal():
+        return int(environ["LOCAL_SIZE"])
+    if "LOCAL_WORLD_SIZE" in environ or not 0 <= before < world_size:
+        return number(environ, "LOCAL_WORLD_SIZE", world_size)
+    nodes, node = number(environ, "NODE_COUNT", 0), number(environ, "NODE_RANK", 0)
+    if 0 < nodes <= world_size:
+        return -(-world_size // nodes)
+    return before // node if node and before else world_size - before
 
 
 def _one_per_machine(environ: Mapping[str, str]) -> Process | None:

@@ -7,8 +7,8 @@ import socket
 import pytest
 import torch
 
+from accelerate.core.errors import SettingError
 from accelerate.launch import devices, machine
-from accelerate.launch.report import Failure, describe, exit_status
 from accelerate.launch.request import LaunchRequest
 
 
@@ -55,6 +55,7 @@ def test_the_driver_is_asked_through_its_management_library(monkeypatch, status,
     monkeypatch.setattr(devices, "torch_build", lambda: {"cuda": "13.0", "hip": None})
     found = devices.find({"CUDA_VISIBLE_DEVICES": "0,1"})
     assert found == devices.Devices(min(expected, 2), "cuda", "CUDA_VISIBLE_DEVICES")
+    assert devices.find({}) == devices.Devices(expected, "cuda", "CUDA_VISIBLE_DEVICES", is_all=True)
 
 
 def test_a_build_for_other_devices_is_asked_through_torch(monkeypatch):
@@ -67,6 +68,16 @@ def test_a_build_for_other_devices_is_asked_through_torch(monkeypatch):
 
 def test_the_count_agrees_with_torch():
     assert devices.find({}).count == torch.accelerator.device_count() or not torch.accelerator.is_available()
+
+
+def test_a_port_that_this_user_may_not_use_is_not_called_taken(monkeypatch):
+    def refuse(_probe, _address):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refuse)
+
+    with pytest.raises(SettingError, match="main_process_port=80 .* is a port on which this user may not listen"):
+        machine.survey(LaunchRequest.merge({"main_process_port": 80, "cpu": True}, None, {}, script="s"), {})
 
 
 def test_a_port_is_taken_while_somebody_listens():
@@ -89,23 +100,6 @@ def test_a_plain_launch_asks_the_machine_nothing(monkeypatch):
 
 def test_cores_are_at_least_one_and_at_most_what_is_allowed():
     assert 1 <= machine.physical_cores()
-
-
-def test_the_report_ends_with_the_rank_that_failed_and_leaves_out_those_that_were_ended():
-    failures = [Failure(1, 11, 1, "Traceback\n  File x\nValueError: boom"), Failure(2, 12, -11), Failure(0, 10, -15)]
-
-    lines = describe(failures, 3).splitlines()
-
-    assert lines[0] == "[rank 1] Traceback"
-    assert lines[-2] == "accelerate: also, rank 2 (pid 12) was ended by SIGSEGV"
-    assert lines[-1].startswith("accelerate: rank 1 of 3 (pid 11 on ")
-    assert lines[-1].endswith("exited with code 1: ValueError: boom")
-    assert not any("rank 0" in line for line in lines)
-
-
-@pytest.mark.parametrize(("exitcode", "status"), [(0, 0), (3, 3), (-9, 137), (-15, 143)])
-def test_the_status_of_a_signal_is_what_a_shell_shows(exitcode, status):
-    assert exit_status(exitcode) == status
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,16 @@ def test_a_number_of_minus_one_in_the_file_leaves_it_open(tmp_path):
     assert merged(file=written(tmp_path, "distributed_type: MULTI_GPU\nnum_processes: -1\n")).num_processes is None
 
 
+def test_an_empty_key_says_nothing(tmp_path):
+    file = written(
+        tmp_path, "distributed_type: MULTI_GPU\nnum_machines: null\ndebug: null\nrdzv_backend: null\nuse_cpu:\n"
+    )
+
+    request = merged(file=file)
+
+    assert (request.origins, request.num_machines, request.debug, request.cpu) == ({}, 1, False, False)
+
+
 def test_the_flag_multi_gpu_overrides_a_file_that_says_cpu_but_not_the_variable(tmp_path):
     file = written(tmp_path, "distributed_type: MULTI_CPU\nnum_processes: 2\n")
 
@@ -63,7 +73,10 @@ def test_the_flag_multi_gpu_overrides_a_file_that_says_cpu_but_not_the_variable(
     assert merged({"multi_gpu": True, "num_processes": 2}, None, {"ACCELERATE_USE_CPU": "true"}).cpu is True
 
 
-@pytest.mark.parametrize(("ids", "expected"), [("all", None), ("0, 2", ("0", "2")), ("3", ("3",))])
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [("all", None), ("0, 2", ("0", "2")), ("3", ("3",)), ("GPU-8932f937,MIG-a/1/2", ("GPU-8932f937", "MIG-a/1/2"))],
+)
 def test_gpu_ids(ids, expected):
     assert merged({"gpu_ids": ids}).gpu_ids == expected
 
@@ -87,6 +100,11 @@ def test_gpu_ids(ids, expected):
             {"gpu_ids": "0", "multi_gpu": True},
             "gpu_ids=0 (from --gpu_ids) contradicts multi_gpu=True (from --multi_gpu)",
         ),
+        ({"gpu_ids": ""}, "gpu_ids= (from --gpu_ids) holds '', which is no device."),
+        ({"gpu_ids": "0,,1"}, "gpu_ids=0,,1 (from --gpu_ids) holds '', which is no device."),
+        ({"gpu_ids": "a"}, "gpu_ids=a (from --gpu_ids) holds 'a', which is no device."),
+        ({"gpu_ids": "-1"}, "gpu_ids=-1 (from --gpu_ids) holds '-1', which is no device."),
+        ({"gpu_ids": "1, 1"}, "gpu_ids=1,1 (from --gpu_ids) names the device 1 twice."),
         ({"gpu_ids": "0", "cpu": True}, "gpu_ids=0 (from --gpu_ids) contradicts cpu=True (from --cpu)"),
         (
             {"num_processes": 3, "num_machines": 2, "main_process_ip": "a"},
@@ -95,12 +113,22 @@ def test_gpu_ids(ids, expected):
         ({"main_process_port": 0, "num_machines": 2, "main_process_ip": "a"}, "main_process_port=0 (from"),
         ({"mixed_precision": "fp32"}, "mixed_precision=fp32 (from --mixed_precision) is not known."),
         ({"dynamo_backend": "fast"}, "dynamo_backend=fast (from --dynamo_backend) is not known."),
+        ({"num_processes": 30_000_000}, "num_processes=30000000 (from --num_processes) is out of range."),
+        ({"max_restarts": 10**23}, "is out of range."),
+        ({"grace_seconds": 10**23}, "is out of range."),
+        ({"monitor_interval": float("inf")}, "monitor_interval=inf (from --monitor_interval) is out of range."),
+        ({"monitor_interval": float("nan")}, "monitor_interval=nan (from --monitor_interval) is out of range."),
         ({"num_processes": 0}, "num_processes=0 (from --num_processes) is out of range."),
         ({"main_process_port": 70000}, "main_process_port=70000 (from --main_process_port) is out of range."),
         (
             {"gradient_accumulation_steps": 0},
             "gradient_accumulation_steps=0 (from --gradient_accumulation_steps) is out",
         ),
+        (
+            {"main_process_ip": "10.0.0.1; reboot"},
+            "main_process_ip=10.0.0.1; reboot (from --main_process_ip) is no address",
+        ),
+        ({"main_process_ip": "-o"}, "main_process_ip=-o (from --main_process_ip) is no address"),
         ({"rdzv_conf": "timeout"}, "rdzv_conf='timeout' cannot be read at 'timeout' (from --rdzv_conf)."),
     ],
 )
@@ -160,6 +188,25 @@ def test_a_setting_whose_engine_is_not_here_is_refused_never_ignored(tmp_path, t
         merged({}, file)
 
     assert expected.format(file=file) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ", "expected"),
+    [
+        ({"mixed_precision": "fp8"}, {}, "mixed_precision=fp8 (from --mixed_precision) needs an fp8 engine"),
+        (
+            {},
+            {"ACCELERATE_MIXED_PRECISION": "fp8"},
+            "mixed_precision=fp8 (from the variable ACCELERATE_MIXED_PRECISION)",
+        ),
+        ({}, {"ACCELERATE_USE_FSDP": "1"}, "ACCELERATE_USE_FSDP=1 (in the environment) needs the FSDP engine"),
+    ],
+)
+def test_an_engine_that_is_missing_is_told_before_anything_starts(flags, environ, expected):
+    with pytest.raises(UnsupportedCombination) as caught:
+        merged(flags, environ=environ)
+
+    assert expected in str(caught.value)
 
 
 def test_a_variable_that_cannot_be_read_is_named():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import FrozenInstanceError
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -266,3 +268,13 @@ def test_a_bar_is_shown_on_the_first_process_only(monkeypatch, capsys):
     everywhere = progress.tqdm(range(3), main_process_only=False)
     assert not everywhere.disable
     everywhere.close()
+
+
+def test_a_device_that_ray_names_for_each_process_is_taken_as_it_is():
+    family: Any = SimpleNamespace(needs_placement=True, visible_devices="CUDA_VISIBLE_DEVICES", count=lambda: 2)
+    place = {"rank": 1, "world_size": 2, "local_rank": 1, "local_world_size": 2}
+    named = torch.device("cuda:1")
+
+    assert state._own_index(Process(**place, source="attached"), family, named, {}) == 1
+    with pytest.raises(SettingError, match="ACCELERATE_TORCH_DEVICE=cuda:1 would put all 2 processes"):
+        state._own_index(Process(**place, source="torchrun"), family, named, {})

@@ -61,6 +61,23 @@ def test_a_further_accelerator_of_another_precision_is_refused():
     assert "with Accelerator(...) as accelerator" in str(caught.value)
 
 
+def test_a_variable_that_has_changed_asks_again():
+    with env.applied({"ACCELERATE_MIXED_PRECISION": "bf16"}):
+        Accelerator(cpu=True)
+    assert Accelerator().mixed_precision == "bf16", "nobody asks for another one"
+    with (
+        env.applied({"ACCELERATE_MIXED_PRECISION": "no"}),
+        pytest.raises(SettingError, match=r"'no' \(from ACCELERATE_MIXED_PRECISION\) contradicts 'bf16'"),
+    ):
+        Accelerator()
+
+
+def test_a_variable_that_an_argument_has_overruled_stays_so():
+    with env.applied({"ACCELERATE_MIXED_PRECISION": "no"}):
+        Accelerator(cpu=True, mixed_precision="bf16")
+        assert Accelerator().mixed_precision == "bf16"
+
+
 def test_the_cpu_cannot_be_chosen_after_another_device():
     with env.applied({"ACCELERATE_TORCH_DEVICE": "meta"}):
         Accelerator()

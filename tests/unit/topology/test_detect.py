@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from accelerate.core.errors import SettingError
-from accelerate.topology import SOURCES, Process, attached, detect, mpi, torchrun
+from accelerate.topology import SOURCES, Process, attached, connect, detect, mpi, slurm, torchrun
 
 # What each launcher sets, recorded; variables of no interest here left out.
 TORCHRUN = {
@@ -26,6 +26,10 @@ OPENMPI_TWO_NODES = {
     "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4",
     "OMPI_COMM_WORLD_LOCAL_RANK": "1", "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
     "MASTER_ADDR": "node-a", "MASTER_PORT": "29600",
+}  # fmt: skip
+DEEPSPEED = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "1", "CROSS_SIZE": "2",
+    "MASTER_ADDR": "a", "MASTER_PORT": "29500",
 }  # fmt: skip
 MVAPICH = {
     "MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2",
@@ -53,6 +57,7 @@ def place(rank, world_size, local_rank, local_world_size, source, address):
     ("environ", "process"),
     [
         pytest.param({}, Process(), id="no launcher"),
+        pytest.param(DEEPSPEED, place(3, 4, 1, 2, "torchrun", "a:29500"), id="DeepSpeed's launcher, two hosts"),
         pytest.param(
             {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "pod-0"},
             place(1, 2, 0, 1, "torchrun", "pod-0:29500"),
@@ -84,6 +89,24 @@ def place(rank, world_size, local_rank, local_world_size, source, address):
 )
 def test_detect(environ, process):
     assert detect(environ) == process
+
+
+@pytest.mark.parametrize(
+    ("variables", "local_world_size"),
+    [
+        ({"RANK": "3", "LOCAL_RANK": "1", "NODE_RANK": "1"}, 2),
+        ({"RANK": "3", "LOCAL_RANK": "1", "NODE_RANK": "1", "NODE_COUNT": "2"}, 2),
+        ({"RANK": "1", "LOCAL_RANK": "1", "NODE_RANK": "0", "NODE_COUNT": "2"}, 2),
+        ({"RANK": "1", "LOCAL_RANK": "1", "NODE_RANK": "0", "NODE_COUNT": "2", "LOCAL_WORLD_SIZE": "3"}, 3),
+        ({"RANK": "3", "LOCAL_RANK": "0", "NODE_RANK": "3"}, 1),
+        ({"RANK": "3", "LOCAL_RANK": "1"}, 2),
+        ({"RANK": "1", "LOCAL_RANK": "1"}, 4),
+    ],
+)
+def test_processes_of_a_machine_are_counted_where_nobody_says_how_many_there_are(variables, local_world_size):
+    found = detect({**USE_ENV, "WORLD_SIZE": "4", **variables})
+
+    assert (found.local_rank, found.local_world_size) == (int(variables["LOCAL_RANK"]), local_world_size)
 
 
 def test_detection_changes_nothing():
@@ -134,13 +157,13 @@ def test_mpi_on_several_nodes_must_say_where_they_meet(environ):
 
 
 def test_an_existing_group_wins_over_all_variables(monkeypatch):
-    monkeypatch.setattr(attached, "existing_group", lambda: (2, 3))
+    monkeypatch.setattr(connect, "existing_group", lambda: (2, 3))
     assert detect({}) == place(2, 3, 2, 3, "attached", None)
     assert detect({**OPENMPI, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}) == place(2, 3, 0, 1, "attached", None)
 
 
 def test_sources_are_asked_in_order():
-    assert SOURCES == (attached.find, torchrun.find, mpi.find)
+    assert SOURCES == (attached.find, torchrun.find, mpi.find, slurm.find)
 
 
 def test_who_has_a_group_to_join():

@@ -6,7 +6,7 @@ The paths are resolved once, when this module is imported.
 from __future__ import annotations
 
 from ...settings import env
-from ...settings.config_file import ClusterConfig, cache_folder, load_config_from_file
+from ...settings.config_file import BaseConfig, ClusterConfig, SageMakerConfig, cache_folder, load_config_from_file
 
 _folder = cache_folder(env.read())
 
@@ -17,7 +17,9 @@ default_json_config_file = default_yaml_config_file
 default_config_file = default_yaml_config_file
 
 __all__ = [
+    "BaseConfig",
     "ClusterConfig",
+    "SageMakerConfig",
     "cache_dir",
     "default_config_file",
     "default_json_config_file",

@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ...core.enums import ComputeEnvironment, DistributedType
+from ...core import engines
+from ...core.enums import ComputeEnvironment, DistributedType, PrecisionType
 from ...core.errors import SettingError, explain
-from ...launch import devices
-from ...settings import env
-from ...settings.config_file import ClusterConfig
+from ...settings.config_file import ClusterConfig, expanded
+from ...settings.options.absent import refuse
+from .. import saving
+from .config import as_json, look_around
 from .config_args import default_json_config_file
 
 description = "Write a configuration file that fits this machine."
@@ -24,51 +26,47 @@ def write_basic_config(mixed_precision: str = "no", save_location: str = default
     An existing file is never overwritten.
 
     Args:
-        mixed_precision: `no`, `fp16`, `bf16` or `fp8`.
+        mixed_precision: `no`, `fp16` or `bf16`.
         save_location: Where to write; folders are made.
 
     Returns:
         The path, or `False` if there was a file already.
 
     Raises:
-        SettingError: (a `ValueError`) if `mixed_precision` is not known.
+        SettingError: (a `ValueError`) if `mixed_precision` is not known, or the file cannot be written.
+        UnsupportedCombination: (a `ValueError`) for `fp8`, whose engine this version does not have.
     """
-    path = Path(save_location).expanduser()
-    if path.exists():
-        print(f"{path} exists already and is not overwritten. Remove it, or name another file with --config_file.")
-        return False
+    path = expanded(save_location)
     precision = mixed_precision.lower()
-    if precision not in (*PRECISIONS, "fp8"):
+    if precision == PrecisionType.FP8.value:
+        refuse(f"mixed_precision={mixed_precision!r} (the argument of write_basic_config)", engines.FP8)
+    if precision not in PRECISIONS:
         raise SettingError(
             explain(
                 f"mixed_precision={mixed_precision!r} is not known (the argument of write_basic_config).",
-                accepted=(*PRECISIONS, "fp8"),
+                accepted=PRECISIONS,
                 remedy="Pass 'no' for plain fp32.",
             )
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        print(f"{path} exists already and is not overwritten. Remove it, or name another file with --config_file.")
+        return False
     # JSON is YAML too, so one form serves both names.
-    _fitting(precision).to_json_file(path)
+    saving.save_text(path, as_json(_fitting(precision)))
     return path
 
 
 def _fitting(precision: str) -> ClusterConfig:
-    found = devices.find(env.read())
-    several = found.count > 1
+    around = look_around()
+    count = around.devices.count
     return ClusterConfig(
         compute_environment=ComputeEnvironment.LOCAL_MACHINE,
-        distributed_type=_label(found) if several else DistributedType.NO,
+        distributed_type=around.label if count > 1 else DistributedType.NO,
         mixed_precision=precision,
-        use_cpu=found.count == 0,
+        use_cpu=count == 0,
         debug=False,
-        num_processes=max(1, found.count),
+        num_processes=max(1, count),
     )
-
-
-def _label(found: devices.Devices) -> DistributedType:
-    from ...hardware import named
-
-    return named(found.name).label
 
 
 def default_command_parser(parser: Any, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
@@ -95,6 +93,8 @@ def default_command_parser(parser: Any, parents: list[argparse.ArgumentParser]) 
 
 def default_config_command(args: argparse.Namespace) -> None:
     """Run `accelerate config default`."""
-    written = write_basic_config(args.mixed_precision, args.save_location)
+    before = getattr(args, "config_file", None)  # `accelerate config --config_file FILE default`
+    is_named = args.save_location != default_json_config_file
+    written = write_basic_config(args.mixed_precision, before if before and not is_named else args.save_location)
     if written:
         print(f"accelerate configuration saved at {written}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NoReturn
 
+from ...core import engines
 from ...core.errors import UnsupportedCombination, explain
 
 
@@ -37,37 +38,37 @@ class _Absent:
 class FullyShardedDataParallelPlugin(_Absent):
     """Options of fully sharded data parallelism."""
 
-    engine = "the FSDP engine"
+    engine = engines.FSDP
 
 
 class DeepSpeedPlugin(_Absent):
     """Options of DeepSpeed."""
 
-    engine = "the DeepSpeed engine"
+    engine = engines.DEEPSPEED
 
 
 class MegatronLMPlugin(_Absent):
     """Options of Megatron-LM."""
 
-    engine = "the Megatron-LM engine"
+    engine = engines.MEGATRON
 
 
 class TorchTensorParallelPlugin(_Absent):
     """Options of tensor parallelism."""
 
-    engine = "the tensor-parallel engine"
+    engine = engines.TENSOR_PARALLEL
 
 
 class ParallelismConfig(_Absent):
     """Sizes of the axes of a device mesh."""
 
-    engine = "device meshes with several axes"
+    engine = engines.MESH
 
 
 class FP8RecipeKwargs(_Absent):
     """Options of training in eight bits."""
 
-    engine = "an fp8 engine"
+    engine = engines.FP8
 
 
 class TERecipeKwargs(_Absent):

@@ -8,7 +8,7 @@ from typing import Any
 from ...core.enums import DynamoBackend
 from ...core.errors import SettingError, explain
 from ...core.text import str_to_bool
-from .. import env
+from .. import env, origins
 from ..bag import KwargsHandler
 
 
@@ -45,7 +45,8 @@ class TorchDynamoPlugin(KwargsHandler):
         try:
             self.backend = DynamoBackend(str(backend).upper())
         except ValueError:
-            origin = "from TorchDynamoPlugin" if self.backend is not None else "from ACCELERATE_DYNAMO_BACKEND"
+            variable = origins.origin(env.read(), "ACCELERATE_DYNAMO_BACKEND")
+            origin = "from TorchDynamoPlugin" if self.backend is not None else variable
             raise SettingError(
                 explain(
                     f"dynamo backend {backend!r} is not known ({origin}).",

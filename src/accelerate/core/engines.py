@@ -1,0 +1,12 @@
+"""What error messages call the engines that settings may ask for and this version does not have."""
+
+FSDP = "the FSDP engine"
+DEEPSPEED = "the DeepSpeed engine"
+MEGATRON = "the Megatron-LM engine"
+TENSOR_PARALLEL = "the tensor-parallel engine"
+MESH = "device meshes with several axes"
+FP8 = "an fp8 engine"
+XLA = "the XLA engine"
+TPU = "the TPU launcher"
+SAGEMAKER = "SageMaker support"
+TRACKERS = "experiment trackers"
