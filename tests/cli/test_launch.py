@@ -463,6 +463,29 @@ def test_the_rank_that_raised_is_named_though_another_one_ends_before_it(place):
     assert last.endswith("exited with code 1: ValueError: boom")
 
 
+NAMED = """
+import time
+from accelerate import Accelerator
+from accelerate.core.errors import CheckpointError
+if Accelerator().process_index == 0:
+    error = CheckpointError("What failed: rank 1: boom")
+    error.arose_on = (1,)
+    raise error
+time.sleep(5)  # as an exception waits for DataLoader workers before anybody sees it
+raise ValueError("boom")
+"""
+
+
+def test_the_launcher_waits_for_the_word_of_a_rank_that_others_have_named(place):
+    (place / "s.py").write_text(NAMED)
+
+    done = accelerate("launch", "--cpu", "-n", "2", "s.py")
+
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("accelerate: rank 1 of 2 (")
+    assert last.endswith("exited with code 1: ValueError: boom")
+
+
 # --- what is refused ---------------------------------------------------------------------------------------
 
 

@@ -26,7 +26,7 @@ NOTE_FILE_VARIABLE = "TORCHELASTIC_ERROR_FILE"
 """Names the file for the note, as torch calls it."""
 CRASH_FILE = "crash.txt"
 """Beside the note: where the interpreter was when the system ended it."""
-DAEMON_SECONDS = 1.0
+DAEMON_SECONDS = 0.5
 """How long daemon processes of a rank that has failed may take to end, all together."""
 
 _kept: list[Any] = []  # the crash file stays open as long as the process lives

@@ -37,6 +37,7 @@ from .sources import has_state
 from .streams import PrivateStream, Snapshot, derive, numbered, private, seed_globals, seeded_reads
 from .trail import Left, Trail, Way, another_batch, find_way
 from .under import Own, datasets_under
+from .workers import not_held_up
 
 _SNAPSHOT_EVERY = 16
 """How many batches lie between two states taken of a dataset that can save its own."""
@@ -164,12 +165,14 @@ class Reader:
         place = Place(opening_states, begin, source.unit, source.size, check)
         place.per_step = source.units_per_step * owner.reads_per_step
         place.workers, place.makes_workers, place.is_finished = base.num_workers, makes_workers, is_finished
+        reads = batches
         if base.num_workers == 0 and (ahead or owner.shard_count > 1):
-            batches = seeded_reads(batches, seed, begin // source.units_per_step)
+            reads = seeded_reads(batches, seed, begin // source.units_per_step)
         owner._mark.open(place, feed)
         paddings = feed.paddings
-        for number, batch in enumerate(batches, start=1):
-            yield batch, paddings.pop(number, None) if paddings else None, number == feed.last
+        with not_held_up(batches):
+            for number, batch in enumerate(reads, start=1):
+                yield batch, paddings.pop(number, None) if paddings else None, number == feed.last
 
     def _fetch(self, indices: Any, seed: int) -> Any:
         """Read one batch here, whoever reads the others."""
@@ -230,22 +233,22 @@ class Reader:
                 self.feed.seeds_each = owner.use_stateful_dataloader and self.saves_in_workers
                 batches, makes_workers = self._iterator(pending)
                 self.feed.pass_seed = None
-        if stream is not None:
-            batches = private(batches, stream)
+        reads = batches if stream is None else private(batches, stream)
         begun = restored.by_worker if resumes and restored is not None else way.starts
         trail = Trail(begun if isinstance(begun, list) or not resumes else None, base.num_workers, per_step)
-        self._leave_out(batches, way, trail, kept, restored, strict)
+        self._leave_out(reads, way, trail, kept, restored, strict)
         place = Place(
             opening_states, begin, per_step=per_step * owner.reads_per_step, snapshot=snapshot, per_batch=per_step
         )
         place.own_batch, place.workers, place.makes_workers = base.batch_size, base.num_workers, makes_workers
         place.started, place.starts = way.started, way.starts if isinstance(way.starts, list) else None
         owner._mark.open(place, trail=trail)
-        watched = self._watched(batches, stream, begin, trail)
-        if owner.agreement is not None:
-            yield from owner.agreement.walk(self._plain(watched))
-            return
-        yield from watched if owner.looks_ahead else self._looking_ahead(watched)
+        watched = self._watched(reads, stream, begin, trail)
+        with not_held_up(batches):
+            if owner.agreement is not None:
+                yield from owner.agreement.walk(self._plain(watched))
+                return
+            yield from watched if owner.looks_ahead else self._looking_ahead(watched)
 
     def _way(self, begin: int, per_step: int, restored: Place | None) -> Way:
         """Return how to get to the unit that the pass begins with.

@@ -34,6 +34,8 @@ from .tidings import Tidings, answers
 
 CAUSE_PATIENCE_SECONDS = 2.0
 """How long ranks may take to say what made others lose their connection."""
+NAMED_PATIENCE_SECONDS = 20.0
+"""The same for a rank that others have named: its exception may wait for DataLoader workers, as torch does, 10 s for each."""
 FAILURE_GRACE_SECONDS = 2.0
 """How long the ranks of a failed run may take to end. They wait for one that is gone: there is nothing to save."""
 NEWS_SECONDS = 1.0
@@ -170,13 +172,15 @@ class WatchingAgent(_Agent):
 
     def _may_learn_more(self) -> bool:
         """Tell whether to wait for a rank that knows why the others have failed."""
-        endings = self.run_.endings
-        if any(account.is_cause for account in accounts(self.run_)) or self._heard():
+        endings, found = self.run_.endings, accounts(self.run_)
+        if any(account.is_cause for account in found) or self._heard():
             return False
         if len(endings.codes) == len(self.run_.ranks) and self._worker_group.group_world_size == 1:
             return False
         self._undecided_since = self._undecided_since or time.monotonic()
-        return time.monotonic() - self._undecided_since < CAUSE_PATIENCE_SECONDS
+        named = {rank for account in found for rank in account.arose_on}
+        leaves = any(account.rank in named and account.code is None for account in found)
+        return time.monotonic() - self._undecided_since < (NAMED_PATIENCE_SECONDS if leaves else CAUSE_PATIENCE_SECONDS)
 
     def _lingers(self) -> bool:
         """Tell whether a rank has noted an exception long ago and does not end: its exit handlers wait for somebody."""
