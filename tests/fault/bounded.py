@@ -30,6 +30,7 @@ class Cost:
     memory: int
     """Bytes that the process held at most, beyond what it had before."""
     seconds: float
+    """Of processor time."""
 
 
 def cost_of(action: Callable[[], Any], *, apart: bool = True) -> Cost:
@@ -56,14 +57,17 @@ def _measure(action: Callable[[], Any]) -> Cost:
     from accelerate.core.errors import CheckpointError
 
     Path("/proc/self/clear_refs").write_text("5")  # the highest mark starts anew
-    before = _status("VmRSS")
+    before, of_files = _status("VmRSS"), _status("RssFile")
     began = time.process_time()
     error, is_clean = "", False
     try:
         action()
     except Exception as caught:
         error, is_clean = f"{type(caught).__name__}: {caught}", isinstance(caught, CheckpointError)
-    return Cost(error, is_clean, _status("VmHWM") - before, time.process_time() - began)
+    seconds = time.process_time() - began
+    # A copy of a process maps the code of its libraries anew when it first runs it: that is not what reading costs.
+    code = max(0, _status("RssFile") - of_files)
+    return Cost(error, is_clean, _status("VmHWM") - before - code, seconds)
 
 
 def _status(name: str) -> int:

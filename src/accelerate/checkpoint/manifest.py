@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,6 +27,7 @@ FORMAT = 1
 MAX_FILES = 200_000
 _CHUNK_BYTES = 2**20  # what is hashed is still in the cache of the processor that has read it
 _THREADS = 4
+_MANY_WRONG = 1000  # that is enough to know
 _BLANK = "0" * 16
 
 Verify = Literal["full", "size", "off"]
@@ -211,9 +213,8 @@ def check(folder: Path, manifest: Manifest, verify: Verify = "full") -> None:
     """
     if verify == "off":
         return
-    wrong = [
-        f"{name[:200]} {found}" for name, entry in manifest.files.items() if (found := problem(folder, name, entry))
-    ]
+    looked_at = ((name, problem(folder, name, entry)) for name, entry in manifest.files.items())
+    wrong = list(islice((f"{name[:200]} {found}" for name, found in looked_at if found), _MANY_WRONG))
     known = {layout.MANIFEST_NAME, *manifest.files}
     wrong += [
         f"{path.name} does not belong to this save"
@@ -223,7 +224,8 @@ def check(folder: Path, manifest: Manifest, verify: Verify = "full") -> None:
     if not wrong and verify == "full":  # reading is slow: not where it is known already that something is wrong
         wrong = [f"{name} has other content than was written" for name in _different(folder, manifest)]
     if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        number = f"at least {len(wrong) - 5}" if len(wrong) >= _MANY_WRONG else str(len(wrong) - 5)
+        more = f"; and {number} more" if len(wrong) > 5 else ""
         raise CheckpointError(
             explain(
                 f"The checkpoint {folder} is not complete, or not of one save: {'; '.join(wrong[:5])}{more}.",
