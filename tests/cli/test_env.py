@@ -52,6 +52,15 @@ def test_what_somebody_set_stands_before_what_nobody_did(env):
     assert "main_process_port" in left.partition("unset ")[2]
 
 
+def test_a_folder_in_the_place_of_the_default_file_is_no_file(env, tmp_path):
+    default = tmp_path / "accelerate" / "default_config.yaml"
+    assert f"none: {default} does not exist\n" in env("--explain")
+
+    default.mkdir()
+
+    assert f"none: {default} is not a file\n" in env("--explain")
+
+
 @pytest.mark.parametrize("count", [0, 4])
 def test_what_was_left_open_is_counted(env, monkeypatch, count):
     monkeypatch.setattr(devices, "find", lambda environ: Devices(count, "cuda", "CUDA_VISIBLE_DEVICES"))

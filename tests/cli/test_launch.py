@@ -283,6 +283,17 @@ def test_nobody_has_to_read_a_dry_run_to_its_end(place):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no file without room")
+@pytest.mark.parametrize("words", [("launch", "--dry-run", "show.py"), ("env",)])
+def test_output_that_cannot_be_written_is_told_in_a_line(place, words):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "accelerate", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+
+    expected = "error: the file that takes the output cannot be written: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (1, f"accelerate {words[0]}: {expected}")
+
+
 # --- several processes -------------------------------------------------------------------------------------
 
 

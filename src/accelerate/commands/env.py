@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 from collections.abc import Sequence
@@ -82,7 +83,9 @@ def _explain(args: argparse.Namespace) -> dict[str, Any]:
         print(json.dumps(found, indent=2))
         return found
     print("What a launch without flags would be:\n")
-    print(f"file         {found['file'] or f'none: {config_file.default_file()} does not exist'}")
+    default = config_file.default_file()
+    absent = f"none: {default} {'is not a file' if os.path.exists(default) else 'does not exist'}"
+    print(f"file         {found['file'] or absent}")
     print("\n".join(show.lines(found)))
     if found["variables of workers"]:
         print("variables that each worker reads")

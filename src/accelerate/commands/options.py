@@ -227,7 +227,7 @@ TORCHRUN = (
            shown="NAME"),
     Option("event_log_handler", "A registered handler for torch's events.", shown="NAME"),
     Option("numa_binding", "Bind workers to the memory near their device: node, socket, exclusive or core-complex.",
-           shown="NAME"),
+           choices=("node", "socket", "exclusive", "core-complex"), shown="NAME"),
     Option("signals_to_handle", "Signals that the launcher passes on, such as SIGTERM,SIGINT.", shown="NAMES"),
     Option("shutdown_timeout", "The same as --grace_seconds.", int),
     Option("virtual_local_rank", "Every worker sees one device, as number 0.", bool, False),

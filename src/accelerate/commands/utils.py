@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import errno
 import os
 import re
 import sys
@@ -225,6 +226,11 @@ def run(command: Callable[[Any], object], args: Any, name: str) -> None:
         sys.exit(error.status)
     except (AccelerateError, FileNotFoundError) as error:
         fail(name, str(error), USAGE_STATUS)
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail(name, f"the file that takes the output cannot be written: {error.strerror}.", 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -28,6 +28,8 @@ class Devices:
     """The variable that restricts which of them a process sees."""
     is_all: bool = False
     """Whether these are known to be all of the machine: then their numbers go from 0 to the last."""
+    label: str = ""
+    """What `distributed_type` says for several of these; empty if there are none, or they have no label of their own."""
 
 
 NONE = Devices(0)
@@ -39,7 +41,7 @@ def find(environ: Mapping[str, str]) -> Devices:
     build = torch_build()
     if build.get("cuda") and not _has_plugins():
         count = visible_count(nvidia_count(), environ.get(CUDA_VARIABLE))
-        return Devices(count, "cuda", CUDA_VARIABLE, CUDA_VARIABLE not in environ)
+        return Devices(count, "cuda", CUDA_VARIABLE, CUDA_VARIABLE not in environ, "MULTI_GPU")
     if build and not any(build.get(kind) for kind in ("cuda", "hip", "xpu", "mps")) and not _has_plugins():
         return NONE
     return _ask_torch()
@@ -107,7 +109,7 @@ def _ask_torch() -> Devices:
     family = detect()
     if family is CPU:
         return NONE
-    return Devices(family.count(), family.name, family.visible_devices)
+    return Devices(family.count(), family.name, family.visible_devices, label=family.label.value)
 
 
 def nvidia_count() -> int:

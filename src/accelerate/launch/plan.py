@@ -217,6 +217,9 @@ def _without_use(
     counted = ("num_processes", "processes_per_machine", "gpu_ids")
     if is_single and request.several and not any(map(request.was_given, counted)):
         told.append(f"{request.several} asks for several processes, and nothing says how many: one is started.")
+    label = machine.devices.label if machine.devices is not None and not request.cpu else ""
+    if request.several and label and not request.several.startswith(f"distributed_type={label} "):
+        told.append(f"{request.several} has no effect: the devices here are {label}, and these are used.")
     return told
 
 

@@ -539,6 +539,18 @@ def test_one_device_is_told_where_a_file_asks_for_several(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("kind", "is_told"), [("MULTI_NPU", True), ("MULTI_XPU", True), ("MULTI_GPU", False)])
+def test_devices_of_another_kind_than_the_file_names_are_told(tmp_path, kind, is_told):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"distributed_type: {kind}\nnum_processes: 2\n")
+    request = LaunchRequest.merge({}, config_file.read(file), {}, script="train.py")
+
+    notes = plan(request, Machine("python", devices=Devices(2, "cuda", label="MULTI_GPU"))).notes
+
+    line = f"distributed_type={kind} (from distributed_type in {file}, line 1) has no effect: the devices here are MULTI_GPU, "
+    assert notes == ((f"{line}and these are used.",) if is_told else ())
+
+
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
