@@ -150,7 +150,7 @@ def wait_until_own(host: str, port: int, described: str) -> None:
     while True:
         try:
             with _listening(port) as server:
-                problem, _ = _attempt(host, port, server)
+                problem, _ = _attempt(host, port, began + UNREACHABLE_SECONDS, server)
         except OSError as error:
             problem = f"port {port} cannot be listened on here: {error.strerror}"
         if problem is None:
@@ -183,7 +183,7 @@ def wait_until_reachable(host: str, port: int, described: str, limit_seconds: fl
     """
     began = reached = noted = time.monotonic()
     while True:
-        problem, is_there = _attempt(host, port)
+        problem, is_there = _attempt(host, port, reached + UNREACHABLE_SECONDS)
         if problem is None:
             return
         now = time.monotonic()
@@ -196,16 +196,18 @@ def wait_until_reachable(host: str, port: int, described: str, limit_seconds: fl
         time.sleep(_PAUSE_SECONDS)
 
 
-def _attempt(host: str, port: int, server: socket.socket | None = None) -> tuple[str | None, bool]:
+def _attempt(host: str, port: int, until: float, server: socket.socket | None = None) -> tuple[str | None, bool]:
     """Return what stands in the way, if anything does, and whether the machine itself has answered.
 
     Args:
         host: Where to go.
         port: The same.
+        until: When to give up, by the monotonic clock, if that is sooner than usual.
         server: Where the connection must arrive, if that is known.
     """
+    seconds = min(_ATTEMPT_SECONDS, max(_PAUSE_SECONDS, until - time.monotonic()))
     try:
-        with socket.create_connection((host, port), timeout=_ATTEMPT_SECONDS) as connection:
+        with socket.create_connection((host, port), timeout=seconds) as connection:
             if server is not None and not _arrives(connection, server):
                 return "another program answers there", True
             return None, True
