@@ -17,7 +17,7 @@ HEAVY = ("torch", "numpy", "yaml", "huggingface_hub", "safetensors", "questionar
 
 
 def loaded_after(code: str, blocked: tuple[str, ...] = ()) -> set[str]:
-    """Return the top-level modules a fresh interpreter has loaded after `code`."""
+    """Return the modules a fresh interpreter has loaded after `code`."""
     program = f"""
 import contextlib, io, json, sys
 class Block:
@@ -30,7 +30,7 @@ with contextlib.redirect_stdout(io.StringIO()):
 {chr(10).join("        " + line for line in code.splitlines())}
     except SystemExit as error:
         assert not error.code, error.code
-print(json.dumps(sorted({{name.partition(".")[0] for name in sys.modules}})))
+print(json.dumps(sorted(sys.modules)))
 """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
@@ -72,6 +72,14 @@ def test_the_package_can_be_imported_without_torch():
 def test_help_loads_nothing_heavy(words):
     code = f"sys.argv = {['accelerate', *words]!r}\nfrom accelerate.commands.accelerate_cli import main\nmain()"
     assert loaded_after(code).isdisjoint(HEAVY)
+
+
+def test_help_of_launch_loads_its_parser_and_not_what_it_starts():
+    """The launcher's modules and those that they need of Python take as long as Python itself."""
+    code = "sys.argv = ['accelerate', 'launch', '--help']\nfrom accelerate.commands.accelerate_cli import main\nmain()"
+    loaded = loaded_after(code)
+    assert "accelerate.commands.options" in loaded
+    assert {name for name in loaded if name.startswith(("accelerate.launch", "importlib.metadata"))} == set()
 
 
 def light_modules() -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from accelerate.commands.launch import launch_command_parser, request_from
+from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launching import request_from
 from accelerate.commands.options import ENGINE_FLAGS, OPTIONS
 from accelerate.core.errors import UnsupportedCombination
 from accelerate.settings.config_file import ClusterConfig, SageMakerConfig

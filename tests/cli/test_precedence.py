@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from accelerate.commands.env import env_command, env_command_parser
-from accelerate.commands.launch import launch_command, launch_command_parser, request_from
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.commands.launching import request_from
 from accelerate.commands.options import OPTIONS
 from accelerate.core.errors import SettingError, UnsupportedCombination
 from accelerate.launch import show

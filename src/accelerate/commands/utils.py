@@ -16,7 +16,6 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from ..core.errors import AccelerateError, explain, nearest
-from ..launch.report import WorkersFailed
 
 USAGE_STATUS = 2
 """Exit status when a command line or a file is wrong, as argparse has it."""
@@ -220,11 +219,12 @@ def run(command: Callable[[Any], object], args: Any, name: str) -> None:
         # Whoever read our output has had enough, as `head` does. What is still unwritten must go somewhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(BROKEN_PIPE_STATUS)
-    except WorkersFailed as error:
-        sys.stdout.flush()
-        print(error, file=sys.stderr)
-        sys.exit(error.status)
     except (AccelerateError, FileNotFoundError) as error:
+        status = getattr(error, "status", None)  # of `WorkersFailed`, which `--help` does not load
+        if isinstance(status, int):
+            sys.stdout.flush()
+            print(error, file=sys.stderr)
+            sys.exit(status)
         fail(name, str(error), USAGE_STATUS)
     except OSError as error:
         if error.errno != errno.ENOSPC or error.filename is not None:

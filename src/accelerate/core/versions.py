@@ -5,7 +5,6 @@ Owns the one place where our version is written. Imports no torch.
 
 from __future__ import annotations
 
-import importlib.metadata
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +32,8 @@ def compare_versions(library_or_version: object, operation: str, requirement_ver
     Raises:
         ValueError: If `operation` is none of the six.
     """
+    from importlib.metadata import version as version_of  # costs 20 ms, and `--help` wants none of it
+
     from packaging.version import Version, parse
 
     if operation not in _OPERATORS:
@@ -40,7 +41,7 @@ def compare_versions(library_or_version: object, operation: str, requirement_ver
         raise ValueError(f"operation={operation!r} does not compare versions. Accepted: {accepted}.")
     found = library_or_version
     if isinstance(found, str):
-        found = parse(importlib.metadata.version(found))
+        found = parse(version_of(found))
     if not isinstance(found, Version):
         found = parse(str(found))
     return _OPERATORS[operation](found, parse(requirement_version))
@@ -48,11 +49,13 @@ def compare_versions(library_or_version: object, operation: str, requirement_ver
 
 def is_torch_version(operation: str, version: str) -> bool:
     """Compare the installed torch with `version`; see `compare_versions`."""
+    from importlib.metadata import version as version_of
+
     from packaging.version import parse
 
     # The local part ("+cpu", "+cu128") names a build, not a version.
     return compare_versions(
-        parse(parse(importlib.metadata.version("torch")).base_version),
+        parse(parse(version_of("torch")).base_version),
         operation,
         version,
     )

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from accelerate import Accelerator
-from accelerate.commands.launch import _prepared, launch_command_parser
+from accelerate.commands.launch import launch_command_parser
+from accelerate.commands.launching import prepared
 from accelerate.core.errors import SettingError
 from accelerate.launch.devices import Devices
 from accelerate.settings import origins
@@ -55,7 +56,7 @@ def launched(tmp_path, monkeypatch):
     (tmp_path / "s.py").touch()
 
     def environment(*words: str) -> dict[str, str]:
-        planned = _prepared(launch_command_parser().parse_args([*words, str(tmp_path / "s.py")]))
+        planned = prepared(launch_command_parser().parse_args([*words, str(tmp_path / "s.py")]))
         assert planned is not None
         return dict(planned.env)
 
