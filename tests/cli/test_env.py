@@ -103,14 +103,17 @@ def test_inside_a_launched_script_the_settings_are_those_of_a_launch_there(env):
 
 @pytest.mark.parametrize("named", [False, True])
 def test_a_broken_file_is_one_of_the_facts(env, tmp_path, named):
-    file = tmp_path / "accelerate" / "default_config.yaml"
+    default, file = tmp_path / "accelerate" / "default_config.yaml", tmp_path / "named.yaml"
+    broken = "distributed_type: 'NO'\nnum_procesess: 2\n"
+    file.write_text(broken)
     words = ["--config_file", str(file)] if named else []
 
-    facts = env("--json", *words, text="distributed_type: 'NO'\nnum_procesess: 2\n")
+    facts = env("--json", *words, text="" if named else broken)
 
     assert len(facts) == 9
-    assert list(facts.values())[-1].startswith("cannot be used: 'num_procesess' is not a key of a configuration file")
-    assert f"in {file}, line 2" in list(facts.values())[-1]
+    told = facts["`Accelerate` config passed" if named else "`Accelerate` default config"]
+    assert told.startswith("cannot be used: 'num_procesess' is not a key of a configuration file")
+    assert f"in {file if named else default}, line 2" in told
 
 
 # --- origins -----------------------------------------------------------------------------------------------

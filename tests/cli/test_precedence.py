@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -581,6 +582,11 @@ def test_env_explain_prints_every_setting_with_its_source(quiet_place, capsys):
     assert found["variables of workers"] == {"ACCELERATE_LOG_LEVEL": "INFO"}
     assert f"  mixed_precision=bf16 (from mixed_precision {place} 2)\n" in text
     assert "max_restarts=0" in text.partition("\ndefaults ")[2]
+    assert {row.field for row in ROWS} <= set(
+        re.findall(r"\w+", text.partition("\nsettings\n")[2].partition("\nnotes\n")[0])
+    )
+    assert f"\nfile         {quiet_place}\n" in text
+    assert text.endswith("\nvariables that each worker reads\n  ACCELERATE_LOG_LEVEL=INFO\n")
     assert "ACCELERATE_USE_CPUS has no effect" in text
     assert "Did you mean ACCELERATE_USE_CPU?" in found["notes"][-1]
 

@@ -37,6 +37,26 @@ def test_a_message_may_lack_parts():
     assert explain("This.", remedy="Do that.") == "This.\nDo that."
 
 
-def test_the_nearest_word_is_offered():
-    assert nearest("bf61", ["bf16", "fp8"]) == " Did you mean 'bf16'?"
-    assert nearest("zzzzzz", ["bf16", "fp8"]) == ""
+@pytest.mark.parametrize(
+    ("word", "candidates", "meant"),
+    [
+        ("bf61", ["bf16", "fp8"], "bf16"),
+        ("zzzzzz", ["bf16", "fp8"], None),
+        ("num_gpus", ["gpu_ids", "num_processes"], None),
+        # as it was written, whatever the spelling
+        ("BF61", ["bf16"], "bf16"),
+        ("--tpu_confg", ["tpu-config"], "tpu-config"),
+        ("--port", ["main_process_port"], "main_process_port"),
+        ("num-proc", ["num_processes"], "num_processes"),
+        # one that begins with the word, then one that has it as a part, then one that looks alike
+        ("port", ["main_port", "port_range"], "port_range"),
+        ("numpro", ["num_machines", "num_processes"], "num_processes"),
+        ("debug", ["debgu", "debug_mode"], "debug_mode"),
+        ("debug", ["debgu", "no_debug"], "no_debug"),
+        ("cess", ["main_process_port"], None),
+        ("num", ["num_processes", "num_machines"], "num_processes"),
+        ("n", ["num_processes"], None),
+    ],
+)
+def test_the_nearest_word_is_offered(word, candidates, meant):
+    assert nearest(word, candidates) == (f" Did you mean {meant!r}?" if meant else "")

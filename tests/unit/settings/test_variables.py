@@ -48,6 +48,8 @@ def test_every_variable_of_a_launch_is_on_the_list():
         ("TORCH_DEVICE", None),
         ("ACCELERATE_KT_MODE", None),
         ("ACCELERATE_FP8_BACKEND", None),
+        ("ACCELERATE_DEEPSPEED_ON", None),
+        ("MY_ACCELERATE_MIXED_PRECISION", None),
         ("ACCELERATE_MY_OWN", None),
         ("accelerate_mixed_precision", None),
     ],
