@@ -112,6 +112,8 @@ if rank == "1":
 time.sleep(600)
 """
 PATIENCE_SECONDS = 60
+SEEN_SECONDS = 1.5
+"""After what time a launcher has surely looked at its workers; nothing tells from outside that it has."""
 
 
 # Rank 0 ends, or works on without a word to the other, and rank 1 fails in the end.
@@ -151,6 +153,12 @@ class Machines:
         while not condition():
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+    def until_first_waits(self) -> None:
+        """Let the ranks of the first one end, and let it see that: its process holds the place where they meet."""
+        self.until(lambda: not list(workers_of(self.launchers[0])))
+        with pytest.raises(subprocess.TimeoutExpired):
+            self.launchers[0].wait(SEEN_SECONDS)
 
     def first_ends(self) -> tuple[int, str]:
         _, errors = self.launchers[0].communicate(timeout=PATIENCE_SECONDS)
@@ -210,7 +218,7 @@ WAYS_TO_MEET = pytest.mark.parametrize("way", [(), ("--rdzv_backend", "c10d")], 
 def test_a_machine_hears_of_a_failure_elsewhere_when_its_ranks_have_ended_and_while_they_work(machines, works_on, way):
     machines.start(FAIL_LATE.replace("WORKS_ON", str(works_on)), "--num_machines", "2", *way)
     if not works_on:
-        machines.until(lambda: not list(workers_of(machines.launchers[0])))
+        machines.until_first_waits()
 
     status, _ = machines.second_ends()
     status_of_first, errors = machines.first_ends()
@@ -221,7 +229,7 @@ def test_a_machine_hears_of_a_failure_elsewhere_when_its_ranks_have_ended_and_wh
 
 def test_the_stop_button_is_heard_while_a_machine_waits_for_others_to_end(machines):
     machines.start(FAIL_LATE.replace("WORKS_ON", "False"), "--num_machines", "2")
-    machines.until(lambda: not list(workers_of(machines.launchers[0])))
+    machines.until_first_waits()
 
     machines.launchers[0].send_signal(signal.SIGINT)
     status, _ = machines.first_ends()
@@ -231,9 +239,8 @@ def test_the_stop_button_is_heard_while_a_machine_waits_for_others_to_end(machin
 
 def test_machines_that_end_one_after_the_other_end_well(machines):
     machines.start(FAIL_LATE.replace("WORKS_ON", "False").replace("os._exit(3)", "os._exit(0)"), "--num_machines", "2")
-    machines.until(lambda: not list(workers_of(machines.launchers[0])))
+    machines.until_first_waits()
 
-    assert machines.launchers[0].poll() is None, "its process holds the place where they meet"
     assert machines.second_ends() == (0, "")
     assert machines.first_ends() == (0, "")
 
@@ -242,7 +249,7 @@ def test_a_failure_elsewhere_starts_the_ranks_of_a_machine_again_that_had_ended(
     script = FAIL_LATE.replace("WORKS_ON", "False") + "print(os.environ['TORCHELASTIC_RESTART_COUNT'])"
     script = script.replace('rank == "1":', 'rank == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":')
     machines.start(script, "--num_machines", "2", "--max_restarts", "1")
-    machines.until(lambda: not list(workers_of(machines.launchers[0])))
+    machines.until_first_waits()
 
     status, errors = machines.second_ends()
     status_of_first, errors_of_first = machines.first_ends()

@@ -157,7 +157,7 @@ def meet_in_vain(*members: tuple[Member, float]) -> list[str]:
             member.meet(store, limit_seconds)
         told.append(str(caught.value))
 
-    threads = [threading.Thread(target=meet, args=member) for member in members]
+    threads = [threading.Thread(target=meet, args=member, daemon=True) for member in members]
     for count, thread in enumerate(threads, 1):
         thread.start()
         while store.add("accelerate/members", 0) < count:  # each finds those before it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
@@ -65,6 +66,34 @@ def test_a_machine_that_has_ended_waits_for_as_long_as_others_work(monkeypatch):
     assert first.is_over(), "nobody has been heard for long"
 
 
+def test_machines_that_have_ended_do_not_keep_each_other_waiting_for_one_that_is_silent(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    store = HashStore()
+    first, second = Tidings(store, 2, is_first=True), Tidings(store, 2)
+
+    assert not first.is_over()
+    assert not second.is_over()
+    assert not first.is_over()
+    clock[0] += tidings.SILENCE_SECONDS + 1
+    assert second.heard() is None
+
+    assert first.is_over(), "to ask for news is no work when one's own ranks have ended"
+
+
+def test_the_first_machine_does_not_wait_for_long_until_the_others_know(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    store = HashStore()
+    store.add(tidings._ENDED, 1)  # by one that was killed right afterwards
+    first = Tidings(store, 1, is_first=True)
+
+    assert not first.is_over()
+    clock[0] += tidings.LEAVE_SECONDS + 1
+
+    assert first.is_over()
+
+
 def test_a_machine_that_has_ended_does_not_wait_for_a_store_that_has_gone(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
@@ -106,6 +135,17 @@ def test_a_store_that_does_not_reply_is_given_up(monkeypatch):
         silent.over.set()
 
 
+class Going:
+    """A store that goes in the very moment of a question."""
+
+    def add(self, *_words) -> int:
+        raise RuntimeError("Connection reset by peer")
+
+
+def test_a_store_that_goes_in_the_moment_of_a_question_has_no_news():
+    assert Tidings(Going(), 1).heard() is None
+
+
 @pytest.mark.parametrize("listens", [True, False])
 def test_a_store_answers_while_its_server_listens(listens):
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -114,6 +154,7 @@ def test_a_store_answers_while_its_server_listens(listens):
             server.close()
 
         assert tidings.answers(store) == listens
+        assert tidings.answers(SimpleNamespace(underlying_store=store)) == listens
 
 
 def test_a_store_that_is_out_of_reach_for_a_moment_answers_in_the_end(monkeypatch):
