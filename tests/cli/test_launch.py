@@ -283,6 +283,20 @@ def test_nobody_has_to_read_a_dry_run_to_its_end(place):
     assert (done.returncode, done.stderr) == (141, "")
 
 
+@pytest.mark.skipif(os.name != "posix", reason="closes a stream as a shell does")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "words", ["launch --cpu -n 2 show.py", "launch --cpu show.py", "launch --dry-run --cpu show.py"]
+)
+def test_a_closed_stream_fails_nothing(place, words, closed):
+    (place / "show.py").write_text("")
+    command = f"{sys.executable} -m accelerate {words} {closed}"
+
+    done = subprocess.run(["sh", "-c", command], stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no file without room")
 @pytest.mark.parametrize("words", [("launch", "--dry-run", "show.py"), ("env",)])
 def test_output_that_cannot_be_written_is_told_in_a_line(place, words):
@@ -290,7 +304,7 @@ def test_output_that_cannot_be_written_is_told_in_a_line(place, words):
         command = [sys.executable, "-m", "accelerate", *words]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
 
-    expected = "error: the file that takes the output cannot be written: No space left on device.\n"
+    expected = "error: standard output cannot be written: No space left on device.\n"
     assert (done.returncode, done.stderr) == (1, f"accelerate {words[0]}: {expected}")
 
 

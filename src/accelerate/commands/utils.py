@@ -212,6 +212,7 @@ class CustomArgumentGroup(argparse._ArgumentGroup):
 
 def run(command: Callable[[Any], object], args: Any, name: str) -> None:
     """Run a command from a terminal: an error of ours becomes a paragraph and an exit status."""
+    _replace_closed_streams()
     try:
         command(args)
         sys.stdout.flush()
@@ -230,9 +231,16 @@ def run(command: Callable[[Any], object], args: Any, name: str) -> None:
         if error.errno != errno.ENOSPC or error.filename is not None:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fail(name, f"the file that takes the output cannot be written: {error.strerror}.", 1)
+        fail(name, f"standard output cannot be written: {error.strerror}.", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _replace_closed_streams() -> None:
+    """Have what is printed go nowhere where the caller has closed a standard stream, as services do."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (it stays open)
 
 
 def leave(status: int) -> NoReturn:

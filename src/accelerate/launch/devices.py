@@ -41,7 +41,7 @@ def find(environ: Mapping[str, str]) -> Devices:
     build = torch_build()
     if build.get("cuda") and not _has_plugins():
         count = visible_count(nvidia_count(), environ.get(CUDA_VARIABLE))
-        return Devices(count, "cuda", CUDA_VARIABLE, CUDA_VARIABLE not in environ, "MULTI_GPU")
+        return Devices(count, "cuda", CUDA_VARIABLE, CUDA_VARIABLE not in environ, "MULTI_GPU" if count else "")
     if build and not any(build.get(kind) for kind in ("cuda", "hip", "xpu", "mps")) and not _has_plugins():
         return NONE
     return _ask_torch()
