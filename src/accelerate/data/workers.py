@@ -69,7 +69,7 @@ class _Patience:
             if worker.exitcode is None:
                 self._fails = self._fails or _exception_is_leaving()
                 if not self._fails:
-                    wait(worker, timeout - min(first, timeout))
+                    wait(worker, MP_STATUS_CHECK_INTERVAL - first)
         if worker.exitcode is not None:
             vars(worker).pop("join", None)  # a cycle, which would keep what the process holds
 
