@@ -7,7 +7,7 @@ import logging
 from collections.abc import MutableMapping
 from typing import Any
 
-from ..core.errors import explain
+from ..core.errors import SettingError, explain
 from ..settings import env
 from . import state
 
@@ -77,6 +77,9 @@ def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:
         name: As for `logging.getLogger`.
         log_level: A name such as `"INFO"`; `None` takes the variable ACCELERATE_LOG_LEVEL, if set.
 
+    Raises:
+        SettingError: (a `ValueError`) for a name that logging does not know.
+
     Example:
         ```python
         logger = get_logger(__name__)
@@ -87,6 +90,18 @@ def get_logger(name: str, log_level: str | None = None) -> MultiProcessAdapter:
     level = log_level if log_level is not None else env.get("ACCELERATE_LOG_LEVEL")
     logger = logging.getLogger(name)
     if level is not None:
-        logger.setLevel(level.upper())
+        try:
+            logger.setLevel(level.upper())
+        except ValueError:
+            name, origin = ("ACCELERATE_LOG_LEVEL", "from the environment")
+            if log_level is not None:
+                name, origin = ("log_level", "the argument")
+            raise SettingError(
+                explain(
+                    f"{name}={level!r} is not known ({origin}).",
+                    accepted=list(logging.getLevelNamesMapping()),
+                    remedy="Take one of these names, in any case, or leave it out.",
+                )
+            ) from None
         logger.root.setLevel(level.upper())
     return MultiProcessAdapter(logger, {})

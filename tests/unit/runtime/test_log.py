@@ -100,6 +100,16 @@ def test_the_level_comes_from_the_argument_or_the_environment(caplog):
     assert get_logger("tests.log.d").logger.level == logging.NOTSET
 
 
+def test_a_level_that_is_not_known_is_refused_with_its_source():
+    with env.applied({"ACCELERATE_LOG_LEVEL": "foo"}):
+        with pytest.raises(
+            ValueError, match=r"ACCELERATE_LOG_LEVEL='foo' is not known \(from the environment\)\.\nAccepted: .*INFO"
+        ):
+            get_logger("tests.log.d")
+        with pytest.raises(ValueError, match=r"log_level='loud' is not known \(the argument\)"):
+            get_logger("tests.log.d", log_level="loud")
+
+
 def log_three() -> str:
     import io
     import logging
