@@ -10,6 +10,7 @@ UPWARD = {
 TORCH_DISTRIBUTED = {
     "settings/options/handlers.py": "register_comm_hook is a method of the public options class; torch's hooks are "
     "imported inside it, and no process talks",
+    "topology/greeting.py": "asks a store of a torch that is newer than those we know how it is greeted, and joins none",
 }
 
 DISTRIBUTED_TYPE: dict[str, str] = {}

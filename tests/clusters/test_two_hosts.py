@@ -35,7 +35,13 @@ class Run:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.started: list[tuple[subprocess.Popen[bytes], Path]] = []
+        self.beside: list[subprocess.Popen[bytes]] = []
         self.environ = meeting.prepare(folder)
+
+    def serve(self, host: Host, program: str, *words: str) -> None:
+        """Start a program that listens there, and is none of the run."""
+        log = self.folder / f"beside-{len(self.beside)}.log"
+        self.beside.append(host.start(sys.executable, "-c", program, *words, environ=self.environ, log=log))
 
     def start(self, host: Host, *command: str, **variables: str) -> subprocess.Popen[bytes]:
         log = self.folder / f"{len(self.started)}.log"
@@ -65,7 +71,7 @@ def run(tmp_path, pair) -> Iterator[Run]:
     yield made
     for host in pair:
         host.fall()
-    for child, _ in made.started:
+    for child in [*made.beside, *(child for child, _ in made.started)]:
         child.wait(LIMIT_SECONDS)
 
 
@@ -266,29 +272,104 @@ WRONG = {
     "nowhere.invalid": "no such name",
     "10.77.0.2": "the other host",
 }
+WAYS = ["static", "c10d", "alone"]
+"""How the machines meet: two that the launcher knows, and ranks that somebody else has placed."""
+
+
+def start_lost(run: Run, host: Host, way: str, rank: int, address: str, port: int) -> None:
+    """Start machine `rank` of two, which will not find machine 0 at `address`."""
+    if way == "alone":
+        place = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": port}
+        texts = {name: str(value) for name, value in place.items()}
+        run.start(host, sys.executable, "meet.py", MASTER_ADDR=address, **texts)
+        return
+    words = ["--cpu", "-n", "2", "--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", address]
+    run.start(host, *LAUNCH, *words, "--main_process_port", str(port), "--rdzv_backend", way, "meet.py")
+
+
+def check_told(run: Run, way: str, expected: dict[str, str]) -> None:
+    """Wait for all that were started, and check the beginning and the end of the sentence that each ended with."""
+    began = time.monotonic()
+    for child, _ in run.started:
+        assert child.wait(LIMIT_SECONDS) == (1 if way == "alone" else 2), run.logs()
+    seconds = time.monotonic() - began
+
+    for (begin, end), (_, log) in zip(expected.items(), run.started, strict=True):
+        told = log.read_text()
+        assert re.search(f"{re.escape(begin)}.*, tried for 2[0-9] s: {end}", told), told
+        lines = [line for line in told.splitlines() if ": waiting for the first machine at " not in line]
+        if way == "alone":
+            assert "The address comes from MASTER_ADDR in the environment" in told
+            assert "[c10d]" not in told, "nothing of torch's"
+        else:
+            assert "(from --main_process_ip)" in told
+            assert len(lines) == 3, "nothing of torch's"
+    assert seconds < 30 + 10, f"20 s of trying, and starting launchers on a busy machine: {run.logs()}"
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("backend", ["static", "c10d"])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_first_machine_that_cannot_be_found_is_an_error_within_30_seconds(run, pair, backend, rank):
-    wrong = [address for address in WRONG if address != pair[rank].address]
-    began = time.monotonic()
-    for address in wrong:
-        words = ["--cpu", "-n", "2", "--num_machines", "2", "--machine_rank", str(rank), "--main_process_ip", address]
-        # Each has a port of its own: they try at the same time.
-        words += ["--main_process_port", str(free_port()), "--rdzv_backend", backend]
-        run.start(pair[rank], *LAUNCH, *words, "meet.py")
-    for child, _ in run.started:
-        assert child.wait(LIMIT_SECONDS) == 2, run.logs()
-    seconds = time.monotonic() - began
+def test_a_first_machine_that_cannot_be_found_is_an_error_within_30_seconds(run, pair, way, rank):
+    expected = {}
+    for address in WRONG:
+        if address != pair[rank].address:
+            # Each has a port of its own: they try at the same time.
+            port = free_port()
+            start_lost(run, pair[rank], way, rank, address, port)
+            begin = "This is machine 0, and" if rank == 0 else "The first machine cannot be reached at"
+            expected[f"{begin} {address}:{port}"] = ""
 
-    for address, (_, log) in zip(wrong, run.started, strict=True):
-        told = log.read_text()
-        begin = "This is machine 0, and" if rank == 0 else "The first machine cannot be reached at"
-        assert re.search(f"{re.escape(f'{begin} {address}:')}.*, tried for 2[0-9] s: ", told)
-        assert f"main_process_ip={address} (from --main_process_ip)" in told
-        assert "Traceback" not in told
-        lines = [line for line in told.splitlines() if not line.startswith("accelerate launch: waiting for ")]
-        assert len(lines) == 3, "nothing of torch's"
-    assert seconds < 30 + 10, f"20 s of trying, and starting launchers on a busy machine: {run.logs()}"
+    check_told(run, way, expected)
+
+
+OTHERS = {
+    "says nothing": "time.sleep(600)",
+    r"says b'SSH-2\.0-here": "client.sendall(b'SSH-2.0-here'); time.sleep(600)",
+    r"says b'HTTP/1\.1 400": "client.recv(9); client.sendall(b'HTTP/1.1 400 Bad Request'); time.sleep(600)",
+}
+"""What another program at the address says -> how it does so."""
+OTHER = """
+import socket, sys, threading, time
+
+def serve(client):
+    {}
+
+with socket.create_server(("", int(sys.argv[1]))) as server:
+    while True:
+        threading.Thread(target=serve, args=(server.accept()[0],), daemon=True).start()
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", WAYS)
+def test_another_program_at_the_main_address_is_an_error_within_30_seconds(run, pair, way):
+    expected = {}
+    for says, body in OTHERS.items():
+        port = free_port()
+        run.serve(pair[0], OTHER.format(body), str(port))
+        start_lost(run, pair[1], way, 1, pair[0].address, port)
+        begin = f"The first machine cannot be reached at {pair[0].address}:{port}"
+        expected[begin] = f"another program answers there, and {says}"
+
+    check_told(run, way, expected)
+
+
+SILENT_NAME_SERVER = """
+import socket, time
+with socket.socket(type=socket.SOCK_DGRAM) as server:
+    server.bind(("", 53))
+    time.sleep(600)
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("way", WAYS)
+def test_a_name_server_that_does_not_answer_is_an_error_within_30_seconds(run, pair, way):
+    run.serve(pair[0], SILENT_NAME_SERVER)
+    port = free_port()
+    with pair[1].asking_for_names(pair[0]):
+        start_lost(run, pair[1], way, 1, "train-0.example.org", port)
+
+        begin = f"The first machine cannot be reached at train-0.example.org:{port}"
+        check_told(run, way, {begin: r"the name cannot be resolved \(no name server answers\)"})

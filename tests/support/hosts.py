@@ -51,6 +51,16 @@ class Host:
                 start_new_session=True,
             )
 
+    @contextmanager
+    def asking_for_names(self, server: Host) -> Iterator[None]:
+        """Let what is started meanwhile ask a server for the names that no file knows."""
+        file = Path("/etc/netns") / self.space / "resolv.conf"
+        file.write_text(f"nameserver {server.address}\n")
+        try:
+            yield
+        finally:
+            file.unlink()
+
     def processes(self) -> list[int]:
         """Return the ids of all processes that run there."""
         told = subprocess.run(["ip", "netns", "pids", self.space], capture_output=True, text=True, check=False)

@@ -391,9 +391,10 @@ def _find(
     described = str(parameters.get("described", ""))
     if is_first is None:
         wait_until_resolvable(host, port, described)
-        if _matches_machine_hostname(host):
-            return  # torch asks the same, and lets one of several launchers here be the first
-    if is_first:
+    if is_first is None and _matches_machine_hostname(host):
+        # Torch asks the same, and lets one of several launchers here be the first.
+        wait_until_reachable(host, port, described, limit_seconds, may_be_free=True)
+    elif is_first:
         wait_until_own(host, port, described)
     else:
         wait_until_reachable(host, port, described, limit_seconds)

@@ -100,6 +100,9 @@ def connect(
     """Join the other processes. Called on all ranks. Collective; blocks until every rank has come.
 
     Does nothing when the group exists already.
+
+    Raises:
+        LaunchError: (a `RuntimeError`) if the address where they meet is unknown, unreachable or another program's.
     """
     if process.source == "attached":
         return
@@ -108,6 +111,8 @@ def connect(
     if init_method is not None:
         options.update(init_method=init_method, rank=process.rank, world_size=process.world_size)
     else:
+        if backend != "mpi":  # which knows its ranks by itself
+            _find_first(process, timeout or dist.distributed_c10d.default_pg_timeout)
         _announce(process)
         _choose_network(process)
     dist.init_process_group(backend=backend, **options)
@@ -227,6 +232,21 @@ def _backends(group: Any) -> list[Any]:
     return list(found.values())
 
 
+def _find_first(process: Process, limit: timedelta) -> None:
+    # Before torch looks for it, which prints pages meanwhile and gives up only after the group's time limit. A launcher
+    # that serves the store has done so for its ranks.
+    if process.address is None or serves_store():
+        return
+    host, _, port = process.address.rpartition(":")
+    origin = "MASTER_ADDR in the environment" if env.get("MASTER_ADDR") else f"the variables of {process.source}"
+    described = f"The address comes from {origin}"
+    if process.rank == 0:
+        network.wait_until_own(host, int(port), described, may_be_served=True)
+    else:
+        speaker = f"accelerate, rank {process.rank}"
+        network.wait_until_reachable(host, int(port), described, limit.total_seconds(), speaker=speaker)
+
+
 def _choose_network(process: Process) -> None:
     # Our launcher has done so for its workers; others leave it to the name of the machine.
     host, _, port = (process.address or "").rpartition(":")
@@ -259,6 +279,7 @@ def join_store(process: Process, limit: timedelta) -> Any:
     Raises:
         LaunchError: (a `RuntimeError`) if nobody serves it within `limit`.
     """
+    _find_first(process, limit)
     _announce(process)
     host, _, port = (process.address or "127.0.0.1:29500").rpartition(":")
     try:

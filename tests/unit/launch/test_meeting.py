@@ -10,13 +10,13 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import HashStore, TCPStore
 from torch.distributed.elastic.rendezvous import RendezvousConnectionError
 
 from accelerate.core.errors import LaunchError
 from accelerate.launch import rendezvous
 from accelerate.launch.rendezvous import Member
-from accelerate.topology import network
+from accelerate.topology import greeting, network
 
 NODE = {"lo": ["127.0.0.1", "::1"], "eth0": ["10.0.0.2"], "eth1": ["192.168.7.2"], "docker0": ["172.17.0.1"]}
 
@@ -69,11 +69,15 @@ def test_a_machine_that_does_not_listen_yet_is_waited_for(monkeypatch, capsys):
         now = 0.0
 
         def pause(seconds):
-            nonlocal now
+            nonlocal now, store
             now += network.UNREACHABLE_SECONDS
-            if now >= 100:
+            if now >= 100 and store is None:
                 server.listen()
+                store = TCPStore(
+                    "127.0.0.1", port, is_master=True, master_listen_fd=server.detach(), wait_for_workers=False
+                )
 
+        store = None
         monkeypatch.setattr(network.time, "sleep", pause)
         monkeypatch.setattr(network.time, "monotonic", lambda: now)
         with pytest.raises(LaunchError, match="tried for 60 s: nobody listens there yet"):
@@ -81,6 +85,55 @@ def test_a_machine_that_does_not_listen_yet_is_waited_for(monkeypatch, capsys):
         network.wait_until_reachable("127.0.0.1", port, "", 600)
 
     assert capsys.readouterr().err.count(f"waiting for the first machine at 127.0.0.1:{port}") >= 2
+
+
+def test_another_program_is_given_up_after_20_seconds_and_a_proxy_is_waited_for(monkeypatch):
+    now = 0.0
+
+    def pause(seconds):
+        nonlocal now
+        now += 10
+
+    monkeypatch.setattr(network.time, "sleep", pause)
+    monkeypatch.setattr(network.time, "monotonic", lambda: now)
+    replies = {True: "tried for 100 s: it hangs up", False: "tried for 20 s: it hangs up"}
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for may_change, expected in replies.items():
+            now = 0.0
+            reply = greeting.Reply(is_store=False, problem="it hangs up", may_change=may_change)
+            monkeypatch.setattr(network, "greet", lambda connection, seconds, reply=reply: reply)
+            with pytest.raises(
+                LaunchError, match=f"{expected}.*\n.*\n.*choose another port than {port} on all"
+            ) as caught:
+                network.wait_until_reachable("127.0.0.1", port, "main_process_ip=x (from --main_process_ip)", 100)
+            assert "main_process_ip=x (from --main_process_ip)" in str(caught.value)
+
+
+def test_a_port_of_this_machine_may_be_free_but_not_another_programs(monkeypatch):
+    monkeypatch.setattr(network, "UNREACHABLE_SECONDS", 0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(LaunchError, match="another program answers there, and says nothing"):
+            network.wait_until_reachable("127.0.0.1", port, "", 600, may_be_free=True)
+    network.wait_until_reachable("127.0.0.1", port, "", 600, may_be_free=True)
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for_longer_than_wanted(monkeypatch):
+    monkeypatch.setattr(network, "UNREACHABLE_SECONDS", 0.1)
+    monkeypatch.setattr(network, "_PAUSE_SECONDS", 0.1)
+    monkeypatch.setattr(network, "_ROUTE_SECONDS", 0.1)
+    answered = threading.Event()
+    monkeypatch.setattr(network.socket, "getaddrinfo", lambda *words, **options: [answered.wait(60)])
+    try:
+        for wait in (network.wait_until_reachable, lambda *words: network.wait_until_resolvable(*words[:3])):
+            with pytest.raises(LaunchError, match=r"resolved \(no name server answers\)"):
+                wait("train-0", 29500, "", 600)
+        with pytest.raises(LaunchError, match=r"does not lead here.*resolved \(no name server answers\)"):
+            network.wait_until_own("train-0", 0, "")
+        assert network.route_to("train-0", 29500) is None
+    finally:
+        answered.set()
 
 
 def test_the_first_machine_comes_by_its_own_address():
@@ -97,8 +150,21 @@ def test_a_first_machine_whose_port_is_taken_is_told(monkeypatch):
     with socket.create_server(("", 0)) as other:
         port = other.getsockname()[1]
         expected = f"This is machine 0, and 127.0.0.1:{port}, where the others will look for it, does not lead here"
-        with pytest.raises(LaunchError, match=f"{expected}.*: port {port} cannot be listened on here: Address already"):
-            network.wait_until_own("127.0.0.1", port, "")
+        for may_be_served in (False, True):
+            with pytest.raises(
+                LaunchError, match=f"{expected}.*: port {port} .*here: Address already in use.\nAcc"
+            ) as caught:
+                network.wait_until_own("127.0.0.1", port, "", may_be_served=may_be_served)
+            assert "end it or choose another port" in str(caught.value)
+
+
+def test_a_store_of_this_process_may_be_at_the_address_already(monkeypatch):
+    monkeypatch.setattr(network, "UNREACHABLE_SECONDS", 0)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+    network.wait_until_own("127.0.0.1", store.port, "", may_be_served=True)
+    with pytest.raises(LaunchError, match="cannot be listened on here"):
+        network.wait_until_own("127.0.0.1", store.port, "")
 
 
 def test_an_address_of_the_first_machine_that_leads_elsewhere_is_told(monkeypatch):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 
@@ -47,8 +49,11 @@ def test_a_backend_that_moves_no_cpu_memory_is_refused(backend):
 
 
 class Recorder:
+    distributed_c10d = SimpleNamespace(default_pg_timeout=timedelta(seconds=1800))
+
     def __init__(self):
         self.calls = []
+        self.looked = []
         self.environ = {}
 
     def init_process_group(self, **options):
@@ -60,7 +65,14 @@ class Recorder:
 def dist(monkeypatch):
     recorder = Recorder()
     monkeypatch.setattr(connect, "dist", recorder)
-    with env.applied(dict.fromkeys(TOLD)):
+    for name in ("wait_until_own", "wait_until_reachable"):
+
+        def look(*words, name=name, **options):
+            recorder.looked.append((name, *words, options))
+
+        monkeypatch.setattr(connect.network, name, look)
+    monkeypatch.setattr(connect.network, "route_to", lambda host, port: None)
+    with env.applied(dict.fromkeys([*TOLD, "TORCHELASTIC_USE_AGENT_STORE"])):
         yield recorder
 
 
@@ -89,6 +101,37 @@ def test_with_a_meeting_place_of_ones_own_nothing_is_announced(dist):
     connect.connect(process, backend="gloo", init_method="file:///tmp/x")
     assert dist.calls == [{"backend": "gloo", "init_method": "file:///tmp/x", "rank": 1, "world_size": 2}]
     assert set(dist.environ.values()) == {None}
+
+
+PLACED = Process(rank=3, world_size=4, local_rank=1, local_world_size=2, source="slurm", address="node-a:29600")
+
+
+def test_the_first_rank_is_looked_for_before_torch_looks(dist):
+    connect.connect(PLACED, backend="gloo", timeout=timedelta(seconds=5))
+    with env.applied({"MASTER_ADDR": "node-b"}):
+        connect.connect(replace(PLACED, rank=0), backend="gloo")
+        connect.connect(PLACED, backend="gloo")
+
+    slurm, named = (
+        "The address comes from the variables of slurm",
+        "The address comes from MASTER_ADDR in the environment",
+    )
+    speaker = {"speaker": "accelerate, rank 3"}
+    assert dist.looked == [
+        ("wait_until_reachable", "node-a", 29600, slurm, 5.0, speaker),
+        ("wait_until_own", "node-a", 29600, named, {"may_be_served": True}),
+        ("wait_until_reachable", "node-a", 29600, named, 1800.0, speaker),
+    ]
+
+
+def test_nobody_is_looked_for_where_others_do_or_none_serves(dist):
+    connect.connect(PLACED, backend="mpi")
+    connect.connect(PLACED, backend="gloo", init_method="file:///tmp/x")
+    with env.applied({"TORCHELASTIC_USE_AGENT_STORE": "True"}):
+        connect.connect(PLACED, backend="gloo")
+
+    assert len(dist.calls) == 3
+    assert dist.looked == []
 
 
 def test_an_existing_group_is_not_joined_again(dist):
