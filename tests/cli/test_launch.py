@@ -273,6 +273,18 @@ def test_one_of_several_tasks_speaks_for_all_and_each_one_shows_its_notes_in_a_d
     assert (done.returncode, done.stderr) == (0, f"accelerate launch: {note}" if task == "0" else "")
 
 
+def test_variables_that_nobody_hears_are_told_once(place, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_NUM_MACHINES", "2")
+    monkeypatch.setenv("PET_NUMA_BINDING", "node")
+
+    shown = accelerate("launch", "--dry-run", "--cpu", "show.py")
+    done = accelerate("launch", "--cpu", "-n", "2", "show.py")
+
+    for name in ("ACCELERATE_NUM_MACHINES", "PET_NUMA_BINDING"):
+        assert f"the variable {name} has no effect: " in shown.stdout
+        assert done.stderr.count(name) == 1
+
+
 def test_nobody_has_to_read_a_dry_run_to_its_end(place):
     command = [sys.executable, "-m", "accelerate", "launch", "--dry-run", "show.py"]
     reader, writer = os.pipe()

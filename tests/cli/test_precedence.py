@@ -559,6 +559,8 @@ def quiet_place(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_DEBUG_MODE", "1")
     monkeypatch.setenv("ACCELERATE_LOG_LEVEL", "INFO")
     monkeypatch.setenv("ACCELERATE_USE_CPUS", "1")
+    monkeypatch.setenv("ACCELERATE_NUM_MACHINES", "2")
+    monkeypatch.setenv("PET_FOO", "2")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     file = tmp_path / "accelerate" / "default_config.yaml"
     file.parent.mkdir()
@@ -588,7 +590,11 @@ def test_env_explain_prints_every_setting_with_its_source(quiet_place, capsys):
     assert f"\nfile         {quiet_place}\n" in text
     assert text.endswith("\nvariables that each worker reads\n  ACCELERATE_LOG_LEVEL=INFO\n")
     assert "ACCELERATE_USE_CPUS has no effect" in text
-    assert "Did you mean ACCELERATE_USE_CPU?" in found["notes"][-1]
+    assert "Did you mean ACCELERATE_USE_CPU?" in found["notes"][-3]
+    assert found["notes"][-2].endswith(
+        "ACCELERATE_NUM_MACHINES has no effect: num_machines has none. Pass --num_machines."
+    )
+    assert "PET_FOO has no effect" in found["notes"][-1]
 
 
 def test_a_dry_run_prints_json_that_names_the_line(quiet_place, tmp_path, capsys):

@@ -21,6 +21,7 @@ from ..launch import machine, show
 from ..launch.plan import plan
 from ..launch.request import LaunchRequest
 from ..settings import config_file, env, origins, variables
+from .launching import about_unknown
 from .utils import CustomArgumentParser, run
 
 DESCRIPTION = "Describe this machine, for a bug report."
@@ -77,7 +78,7 @@ def _explain(args: argparse.Namespace) -> dict[str, Any]:
         "file": str(file.path) if file else None,
         **described,
         "variables of workers": {name: environ[name] for name in variables.OF_WORKERS if environ.get(name)},
-        "notes": [*described["notes"], *variables.about_ignored(environ)],
+        "notes": [*described["notes"], *variables.about_ignored(environ), *about_unknown(environ)],
     }
     if getattr(args, "json", False):
         print(json.dumps(found, indent=2))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import AccelerateError, SettingError, explain
-from ..launch import machine, preflight, registry
+from ..launch import machine, preflight, registry, torchrun
 from ..launch.plan import LaunchPlan, plan
 from ..launch.report import WorkersFailed
 from ..launch.request import FIELD_OF, LaunchRequest
@@ -83,7 +83,7 @@ def prepared(args: argparse.Namespace) -> LaunchPlan | None:
     registry.check_names(vars(request), request.origins)
     planned = plan(request, machine.survey(request, environ))
     told = variables.about_ignored(environ)
-    notes = (*planned.notes, *_set_aside(args, request, planned, environ), *told)
+    notes = (*planned.notes, *_set_aside(args, request, planned, environ), *told, *about_unknown(environ))
     planned = replace(
         planned, notes=notes, env={**planned.env, origins.VARIABLE: _remarks(planned, request, environ, told)}
     )
@@ -98,6 +98,11 @@ def prepared(args: argparse.Namespace) -> LaunchPlan | None:
         for note in planned.notes:
             print(f"accelerate launch: {note}", file=sys.stderr)
     return planned
+
+
+def about_unknown(environ: Mapping[str, str]) -> list[str]:
+    """Say, a sentence for each, which variables look like a launcher's and have no effect."""
+    return [*variables.about_unknown(environ, REQUEST_FIELDS), *torchrun.about_unknown(environ)]
 
 
 def _check_form(args: argparse.Namespace) -> None:

@@ -1,11 +1,12 @@
 """torchrun's names for what a launch may be asked, in our words.
 
-Owns the translation, of flags and of the variables `PET_<FLAG>`. Pure; imports no torch. Options of torch's agent that we have no word for keep their names, and
-are handed over by `launch.agent`.
+Owns the translation, of flags and of the variables `PET_<FLAG>`. Pure; imports no torch. Options of torch's agent that
+we have no word for keep their names, and are handed over by `launch.agent`.
 """
 
 from __future__ import annotations
 
+import difflib
 import signal
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -76,6 +77,21 @@ def from_environment(environ: Mapping[str, str]) -> Source:
         if value is not False:  # a switch that is off is a flag that is left out
             found[flag] = (value, f"from the variable {name}")
     return in_our_words(found)
+
+
+def about_unknown(environ: Mapping[str, str]) -> list[str]:
+    """Say, a sentence for each, which variables begin like torchrun's and have no effect, there or here."""
+    told: list[str] = []
+    for name in environ:
+        flag = name.removeprefix("PET_").lower()
+        if not name.startswith("PET_") or flag in VARIABLES:
+            continue
+        close = difflib.get_close_matches(flag, VARIABLES, n=1, cutoff=0.8)
+        instead = (
+            f"Pass --{flag}." if flag in AGENT_FIELDS else f"Did you mean PET_{close[0].upper()}?" if close else ""
+        )
+        told.append(f"the variable {name} has no effect: torchrun has no such variable. {instead}".rstrip())
+    return told
 
 
 def in_our_words(given: Source) -> Source:

@@ -6,7 +6,7 @@ Owns the list of names; `tests/unit/settings/test_variables.py` compares it with
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..core import engines
 from ..core.errors import SettingError, explain
@@ -63,6 +63,9 @@ _FAMILIES = {
 }
 """Beginnings of names that belong to one engine as a whole -> which."""
 
+_OF_CLIENTS = ("ACCELERATE_KT_",)
+"""Beginnings of names that libraries on top of this one have made up for themselves."""
+
 KNOWN = frozenset((*OBEYED, *INTERNAL, *LATER, *_SWITCHES, *_DETAILS))
 """Names that begin with ACCELERATE_, but for those of a family."""
 
@@ -95,7 +98,7 @@ def _is_off(name: str, value: str) -> bool:
 def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that look like one of ours and are none, each with the name that was meant.
 
-    A name that is near none of ours is somebody else's.
+    A name that is near none of ours may be somebody else's: only a launch tells of it, by `about_unknown`.
     """
     found: dict[str, str] = {}
     for name in environ:
@@ -118,6 +121,29 @@ def about_ignored(environ: Mapping[str, str]) -> list[str]:
         f"the variable {name} has no effect: accelerate does not know it. Did you mean {meant}?"
         for name, meant in misspelt(environ).items()
     ]
+
+
+def about_unknown(environ: Mapping[str, str], flags: Collection[str]) -> list[str]:
+    """Say, a sentence for each, which variables begin like ours, have no effect, and look like none of ours.
+
+    Args:
+        environ: The environment.
+        flags: The names of the settings of a launch: not all have a variable.
+    """
+    told = misspelt(environ)
+    return [
+        f"the variable {name} has no effect: {_instead(name, flags)}"
+        for name in environ
+        if name.startswith(PREFIX)
+        and name not in KNOWN
+        and name not in told
+        and not name.startswith((*_FAMILIES, *_OF_CLIENTS))
+    ]
+
+
+def _instead(name: str, flags: Collection[str]) -> str:
+    flag = name.removeprefix(PREFIX).lower()
+    return f"{flag} has none. Pass --{flag}." if flag in flags else "accelerate does not know it."
 
 
 def unreadable(name: str, text: str, accepted: str) -> SettingError:

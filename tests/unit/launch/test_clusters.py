@@ -400,6 +400,17 @@ def test_variables_of_torchrun_are_flags_of_every_run():
     assert plan(request, Machine("python")).kind == "elastic"
 
 
+def test_variables_that_torchrun_has_not_are_told():
+    environ = dict.fromkeys(["PET_NNODES", "PET_NUMA_BINDING", "PET_NODE_RANKS", "PET_FOO", "PETER_FOO"], "1")
+
+    begin = "has no effect: torchrun has no such variable."
+    assert torchrun.about_unknown(environ) == [
+        f"the variable PET_NUMA_BINDING {begin} Pass --numa_binding.",
+        f"the variable PET_NODE_RANKS {begin} Did you mean PET_NODE_RANK?",
+        f"the variable PET_FOO {begin}",
+    ]
+
+
 def test_variables_of_torchrun_stand_beside_another_place():
     environ = {**places.SLURM_TASK_PER_NODE, "PET_NPROC_PER_NODE": "8", "PET_MAX_RESTARTS": "2"}
 

@@ -58,6 +58,18 @@ def test_a_misspelt_variable_is_told_with_the_one_that_was_meant(name, meant):
     assert variables.misspelt({name: "1", "ACCELERATE_USE_CPU": "1"}) == ({name: meant} if meant else {})
 
 
+def test_a_launch_tells_of_every_other_variable_that_begins_like_ours():
+    names = [
+        "ACCELERATE_NUM_MACHINES", "ACCELERATE_ENABLE_FOO", "ACCELERATE_USE_CPUS", "ACCELERATE_USE_CPU",
+        "ACCELERATE_KT_MODE", "ACCELERATE_FP8_BACKEND", "ACCELERATE_SETTINGS", "ACCELERATOR_TYPE", "TORCH_DEVICE",
+    ]  # fmt: skip
+
+    assert variables.about_unknown(dict.fromkeys(names, "1"), ["num_machines", "cpu"]) == [
+        "the variable ACCELERATE_NUM_MACHINES has no effect: num_machines has none. Pass --num_machines.",
+        "the variable ACCELERATE_ENABLE_FOO has no effect: accelerate does not know it.",
+    ]
+
+
 def test_a_remark_names_the_flag_as_long_as_the_value_is_the_launchers():
     text = origins.pack({"ACCELERATE_MIXED_PRECISION": ("bf16", "from --mixed_precision", None)}, ["told"])
     environ = {"ACCELERATE_SETTINGS": text, "ACCELERATE_MIXED_PRECISION": "bf16"}
