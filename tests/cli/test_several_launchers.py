@@ -227,6 +227,35 @@ def test_a_machine_hears_of_a_failure_elsewhere_when_its_ranks_have_ended_and_wh
     assert re.match(r"accelerate: rank 1 of 2 .* exited with code 3", errors.splitlines()[-1]), errors
 
 
+NAMES_THE_OTHER = """
+import os, time
+from accelerate.core.errors import CheckpointError
+
+rank = os.environ["RANK"]
+open(f"up_{rank}", "w").close()
+while not os.path.exists("fail"):
+    time.sleep(0.02)
+if rank == "0":
+    error = CheckpointError("What failed: rank 1: boom")
+    error.arose_on = (1,)
+    raise error
+time.sleep(5)  # as an exception waits for DataLoader workers before anybody sees it
+raise ValueError("boom")
+"""
+
+
+def test_a_machine_waits_for_the_word_of_a_rank_elsewhere_that_its_own_have_named(machines):
+    machines.start(NAMES_THE_OTHER, "--num_machines", "2")
+
+    status, errors = machines.second_ends()
+    status_of_first, errors_of_first = machines.first_ends()
+
+    assert (status, status_of_first) == (1, 1)
+    for text in (errors, errors_of_first):
+        last = text.splitlines()[-1]
+        assert re.match(r"accelerate: rank 1 of 2 .* exited with code 1: ValueError: boom", last), text
+
+
 def test_the_stop_button_is_heard_while_a_machine_waits_for_others_to_end(machines):
     machines.start(FAIL_LATE.replace("WORKS_ON", "False"), "--num_machines", "2")
     machines.until_first_waits()
@@ -266,3 +295,28 @@ def workers_of(launcher: subprocess.Popen[str]) -> Iterator[psutil.Process]:
         with suppress(psutil.NoSuchProcess):  # one that has ended and not been collected is none either
             if "fail.py" in child.cmdline():
                 yield child
+
+
+FAIL_IN_TURN = """
+import os, time
+rank, attempt = os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]
+open(f"up_{rank}", "w").close()
+while not os.path.exists("fail"):
+    time.sleep(0.02)
+if (attempt, rank) in [("0", "1"), ("1", "0")]:
+    os._exit(3)
+if attempt < "2":
+    time.sleep(600)  # the launcher ends it
+"""
+
+
+def test_machines_count_each_failure_once_whichever_of_them_it_was_on(machines):
+    machines.start(FAIL_IN_TURN, "--num_machines", "2", "--max_restarts", "2")
+
+    status, errors = machines.second_ends()
+    status_of_first, errors_of_first = machines.first_ends()
+
+    assert status == status_of_first == 0, errors + errors_of_first
+    for text in (errors, errors_of_first):
+        assert re.findall("accelerate: starting again: attempt (.*)", text) == ["2 of 3", "3 of 3"]
+        assert re.findall(r"accelerate: rank (\d) of 2 .* exited with code 3", text) == ["1", "0"]

@@ -53,7 +53,7 @@ def run(plan: LaunchPlan) -> None:
         try:
             Path(plan.log_dir).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise unusable_folder(f"log_dir={plan.log_dir}", str(error)) from None
+            raise unusable_folder(plan.described_log_dir, error.strerror or str(error)) from None
     start(plan, plan.argv[0], plan.argv[1:], launch_config(plan))
 
 

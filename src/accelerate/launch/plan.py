@@ -74,6 +74,8 @@ class LaunchPlan:
     monitor_interval: float = 0.1
     tee: str = "0"
     log_dir: str | None = None
+    described_log_dir: str = ""
+    """The same with its origin, for errors."""
     role: str = "default"
     quiet: bool = False
     notes: tuple[str, ...] = ()
@@ -154,6 +156,7 @@ def plan(request: LaunchRequest, machine: Machine) -> LaunchPlan:
         monitor_interval=request.monitor_interval,
         tee=streams.tee_of(vars(request), request.origins),
         log_dir=request.log_dir,
+        described_log_dir=request.describe("log_dir") if request.log_dir else "",
         role=request.role,
         quiet=request.quiet,
         notes=tuple(notes),

@@ -179,8 +179,10 @@ class WatchingAgent(_Agent):
             return False
         self._undecided_since = self._undecided_since or time.monotonic()
         named = {rank for account in found for rank in account.arose_on}
-        leaves = any(account.rank in named and account.code is None for account in found)
-        return time.monotonic() - self._undecided_since < (NAMED_PATIENCE_SECONDS if leaves else CAUSE_PATIENCE_SECONDS)
+        gone = {account.rank for account in found if account.code is not None}
+        may_speak = named - gone  # also on another machine, which tells
+        seconds = NAMED_PATIENCE_SECONDS if may_speak else CAUSE_PATIENCE_SECONDS
+        return time.monotonic() - self._undecided_since < seconds
 
     def _lingers(self) -> bool:
         """Tell whether a rank has noted an exception long ago and does not end: its exit handlers wait for somebody."""

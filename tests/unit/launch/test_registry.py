@@ -64,9 +64,10 @@ def test_a_script_with_a_name_that_no_file_can_have_is_not_there(tmp_path, monke
 
 def test_a_folder_for_logs_that_cannot_be_made_after_all_is_named(tmp_path):
     (tmp_path / "logs").touch()
-    plan = LaunchPlan(kind="elastic", argv=("true",), env={}, log_dir=str(tmp_path / "logs"))
+    logs = {"log_dir": str(tmp_path / "logs"), "described_log_dir": "log_dir=logs (from --log_dir)"}
+    plan = LaunchPlan(kind="elastic", argv=("true",), env={}, **logs)
 
-    with pytest.raises(SettingError, match=f"log_dir={tmp_path / 'logs'} cannot be used: .*File exists"):
+    with pytest.raises(SettingError, match=r"^log_dir=logs \(from --log_dir\) cannot be used: File exists\."):
         elastic.run(plan)
 
 
