@@ -31,6 +31,7 @@ MEET = (
 
 def seconds(command: list[str], peer: str | None) -> float:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # pip compiles what it installs; a checkout is compiled here once
     if peer is not None:
         environment["PYTHONPATH"] = peer
     start = time.perf_counter()

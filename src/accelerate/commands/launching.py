@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import AccelerateError, SettingError, explain
-from ..launch import machine, preflight, registry, torchrun
+from ..launch import machine, registry, torchrun
 from ..launch.plan import LaunchPlan, plan
 from ..launch.report import WorkersFailed
 from ..launch.request import FIELD_OF, LaunchRequest
@@ -88,6 +88,8 @@ def prepared(args: argparse.Namespace) -> LaunchPlan | None:
         planned, notes=notes, env={**planned.env, origins.VARIABLE: _remarks(planned, request, environ, told)}
     )
     if getattr(args, "preflight", False):
+        from ..launch import preflight
+
         planned = preflight.before(planned, sys.executable)
     if args.dry_run:
         from ..launch import show

@@ -11,7 +11,6 @@ itself (nossh) has them anyway. Only pdsh needs a file of variables: for MPI the
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shlex
@@ -167,6 +166,8 @@ def find(way: str | None, hostfile: str | None, described: str, environ: Mapping
         LaunchError: If a program that DeepSpeed would call is not.
         SettingError: (a `ValueError`) if the file cannot be used.
     """
+    import importlib.metadata  # costs 10 ms that other launches do not need
+
     from packaging.version import Version
 
     require("deepspeed", setting=described, install="deepspeed")

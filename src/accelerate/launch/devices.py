@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import ctypes
-import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -100,6 +99,8 @@ def torch_build() -> dict[str, str | None]:
 
 def _has_plugins() -> bool:
     # Devices that live outside torch register here and are loaded by `import torch`.
+    import importlib.metadata  # costs 10 ms that runs on the CPU do not need
+
     return bool(importlib.metadata.entry_points(group="torch.backends"))
 
 

@@ -9,7 +9,6 @@ a group of its own with a time limit; only when all of them work, a group of all
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -143,6 +142,8 @@ def with_slow_marked(report: Report) -> Report:
     for link in report.links:
         if not link.problem:
             kinds[_share_machine(report, link)].append(link.bytes_per_second)
+    import statistics  # costs 5 ms that only the report of a check needs
+
     usual = {kind: statistics.median(values) if values else 0.0 for kind, values in kinds.items()}
     marked = tuple(
         replace(

@@ -6,7 +6,6 @@ that a wrong name is told at once; what packages register is looked up only for 
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 from collections.abc import Mapping
 from typing import Any
@@ -157,4 +156,6 @@ def check_logs(name: str, origin: str) -> None:
 
 
 def _registered(group: str) -> set[str]:
+    import importlib.metadata  # costs 10 ms, and few launches ask
+
     return set(importlib.metadata.entry_points(group=group).names)

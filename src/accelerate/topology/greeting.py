@@ -11,7 +11,7 @@ same from 2.9 to 2.13. So a later torch's own store is asked for them before any
 from __future__ import annotations
 
 import functools
-import secrets
+import os
 import socket
 import struct
 import time
@@ -48,7 +48,7 @@ def greet(connection: socket.socket, seconds: float) -> Reply:
 
 
 def _reply(connection: socket.socket, seconds: float) -> Reply:
-    number = secrets.token_bytes(4)
+    number = os.urandom(4)
     deadline = time.monotonic() + seconds
     connection.settimeout(seconds)
     said = b""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import socket
 import sys
 import threading
@@ -322,7 +321,7 @@ def _connected(host: str, port: int, seconds: float) -> socket.socket:
 
 def _arrives(connection: socket.socket, server: socket.socket) -> bool:
     """Tell whether a connection is one of those that a server has got. Others may come in between."""
-    word = secrets.token_bytes(16)
+    word = os.urandom(16)
     connection.sendall(word)
     server.settimeout(_ARRIVAL_SECONDS)
     while True:

@@ -159,7 +159,10 @@ HERE = {
         (
             {"max_restarts": 2, "tee": "3", "log_dir": "logs"},
             {},
-            {**ELASTIC, "rendezvous": HERE, "max_restarts": 2, "tee": "3", "log_dir": "logs"},
+            {
+                **ELASTIC, "rendezvous": HERE, "max_restarts": 2, "tee": "3", "log_dir": "logs",
+                "described_log_dir": "log_dir=logs (from --log_dir)",
+            },
         ),
     ],
 )  # fmt: skip

@@ -76,8 +76,13 @@ def test_other_programs_are_told(answer, problem, may_change):
     assert reply.may_change is may_change
 
 
+class Quiet(http.server.BaseHTTPRequestHandler):
+    def log_message(self, format, *words):
+        pass
+
+
 def test_a_web_server_is_told():
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+    with http.server.HTTPServer(("127.0.0.1", 0), Quiet) as server:
         threading.Thread(target=server.handle_request, daemon=True).start()
         reply = greet(server.server_port)
 
