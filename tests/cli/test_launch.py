@@ -276,13 +276,26 @@ def test_one_of_several_tasks_speaks_for_all_and_each_one_shows_its_notes_in_a_d
 def test_variables_that_nobody_hears_are_told_once(place, monkeypatch):
     monkeypatch.setenv("ACCELERATE_NUM_MACHINES", "2")
     monkeypatch.setenv("PET_NUMA_BINDING", "node")
+    monkeypatch.setenv("ACCELERATE_CONFIG_FILE", "x.yaml")
 
     shown = accelerate("launch", "--dry-run", "--cpu", "show.py")
     done = accelerate("launch", "--cpu", "-n", "2", "show.py")
 
     for name in ("ACCELERATE_NUM_MACHINES", "PET_NUMA_BINDING"):
         assert f"the variable {name} has no effect: " in shown.stdout
+    assert "ACCELERATE_CONFIG_FILE has no effect: config_file has none. Pass --config_file." in shown.stdout
+    for name in ("ACCELERATE_NUM_MACHINES", "PET_NUMA_BINDING"):
         assert done.stderr.count(name) == 1
+
+
+def test_a_name_that_the_output_has_no_letters_for_is_spelt_out(place, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    (place / "é.py").touch()
+
+    done = accelerate("launch", "--dry-run", "--cpu", "é.py")
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\xe9.py" in done.stdout
 
 
 def test_nobody_has_to_read_a_dry_run_to_its_end(place):

@@ -95,7 +95,16 @@ def estimate_command(args: argparse.Namespace) -> None:
         print(json.dumps({"model": args.model_name, "rows": [asdict(row) for row in rows]}, indent=2))
         return
     lines = [[row.dtype, *(_printed(size) for size in list(asdict(row).values())[1:])] for row in rows]
-    print(create_ascii_table(HEADERS, lines, f"Memory usage for loading `{args.model_name}`"))
+    print(_drawable(create_ascii_table(HEADERS, lines, f"Memory usage for loading `{args.model_name}`")))
+
+
+def _drawable(table: str) -> str:
+    """Return a table in characters that standard output has."""
+    try:
+        table.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return table.translate(str.maketrans("─│┌┬┐├┼┤└┴┘", "-|+++++++++"))
+    return table
 
 
 def gather_data(args: argparse.Namespace) -> list[Row]:

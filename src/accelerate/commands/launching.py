@@ -104,7 +104,7 @@ def prepared(args: argparse.Namespace) -> LaunchPlan | None:
 
 def about_unknown(environ: Mapping[str, str]) -> list[str]:
     """Say, a sentence for each, which variables look like a launcher's and have no effect."""
-    return [*variables.about_unknown(environ, REQUEST_FIELDS), *torchrun.about_unknown(environ)]
+    return [*variables.about_unknown(environ, [option.name for option in OPTIONS]), *torchrun.about_unknown(environ)]
 
 
 def _check_form(args: argparse.Namespace) -> None:

@@ -89,7 +89,15 @@ def convert_config_to_fsdp2(config: Mapping[str, Any]) -> dict[str, Any]:
         return dict(config)
     if not isinstance(options, Mapping):
         raise SettingError(explain(f"fsdp_config={options!r} has a wrong type.", accepted="nested keys"))
-    named = {_full(key): value for key, value in options.items()}
+    named: dict[str, Any] = {}
+    for key, value in options.items():
+        if named.setdefault(_full(key), value) != value:
+            raise SettingError(
+                explain(
+                    f"{_full(key)}={named[_full(key)]!r} contradicts {key}={value!r}: both are the same option.",
+                    remedy="Remove one of the two lines.",
+                )
+            )
     if str(named.get("fsdp_version", 1)) == "2":
         logger.warning(
             "fsdp_version is 2 already: nothing is converted. If the options are those of version 1, write 1 and try again."

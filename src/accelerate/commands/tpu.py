@@ -124,6 +124,18 @@ def _pod(args: argparse.Namespace) -> Pod:
                 remedy="Pass --command or --command_file, or write commands into the configuration file.",
             )
         )
+    if args.accelerate_version != NEWEST and not args.install_accelerate:
+        raise SettingError(
+            explain(
+                f"accelerate_version={args.accelerate_version!r} has no effect: nothing is installed (from "
+                "--accelerate_version).",
+                remedy="Add --install_accelerate, or leave the version out.",
+            )
+        )
+    for key in ("tpu_use_sudo", "tpu_env"):
+        if getattr(file, key, None):
+            told = f"{key} in the configuration file has no effect: write it into the commands."
+            print(f"accelerate tpu-config: {told}", file=sys.stderr)
     install = [f"pip install {_requirement(args.accelerate_version)}"] if args.install_accelerate else []
     return Pod(name, zone, (*install, *commands), args.use_alpha)
 

@@ -213,6 +213,8 @@ class CustomArgumentGroup(argparse._ArgumentGroup):
 def run(command: Callable[[Any], object], args: Any, name: str) -> None:
     """Run a command from a terminal: an error of ours becomes a paragraph and an exit status."""
     _replace_closed_streams()
+    with suppress(AttributeError):  # something stands in for it, as in tests
+        sys.stdout.reconfigure(errors="backslashreplace")  # pyright: ignore[reportAttributeAccessIssue]
     try:
         command(args)
         sys.stdout.flush()

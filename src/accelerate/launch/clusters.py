@@ -205,9 +205,21 @@ def _vertex(environ: Mapping[str, str]) -> Place | None:
     task = spec.get("task") if isinstance(spec, dict) else None
     if not isinstance(pools, dict) or not isinstance(task, dict) or task.get("type") not in pools:
         return None  # TensorFlow and others describe themselves in this variable too
-    hosts = [(pool, index, host) for pool in sorted(pools) for index, host in enumerate(pools[pool])]
-    place = [(pool, index) for pool, index, _ in hosts].index((task["type"], int(task.get("index", 0))))
-    host, _, port = str(hosts[0][2]).rpartition(":")
+    lists = {pool: hosts if isinstance(hosts, list) else [] for pool, hosts in sorted(pools.items())}
+    hosts = [(pool, str(index), host) for pool, listed in lists.items() for index, host in enumerate(listed)]
+    numbers = [(pool, index) for pool, index, _ in hosts]
+    own = (task["type"], str(task.get("index", 0)))
+    if own not in numbers:
+        raise SettingError(
+            explain(
+                f"CLUSTER_SPEC in the environment says that this is {own[0]} {own[1]}, and lists no such host.",
+                accepted="what Vertex AI writes: cluster, with a list of hosts for each pool, and task, with type and index",
+                remedy="Correct or unset the variable.",
+            )
+        )
+    place = numbers.index(own)
+    host, colon, port = str(hosts[0][2]).rpartition(":")
+    host, port = (host, port) if colon else (port, "")
     return _node(
         {"CLUSTER_SPEC": str(place)},
         name="Vertex AI",
@@ -374,8 +386,11 @@ def weigh(places: Sequence[Place], written: Source, asked: Source) -> Standing:
     kept: Place | None = None
     notes: list[str] = []
     hidden: list[str] = []
+    many = any(
+        isinstance(count := source.get("num_machines", (1,))[0], int) and count > 1 for source in (written, asked)
+    )
     for place in map(_without_count, places) if _program(asked) else places:
-        if place.source or not (_starter(place, written) or _starter(place, asked)):
+        if place.source or not (many or _starter(place, written) or _starter(place, asked)):
             notes += place.notes  # where nothing was started, they say how to start all
         other_run = _other_run(place, asked)
         if other_run is not None:

@@ -210,8 +210,21 @@ def user_lines(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return the variables in the files that DeepSpeed reads by itself, if ours does not take their place."""
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
     files = dict.fromkeys(os.path.join(folder, name) for folder in (os.path.expanduser("~"), "."))
-    texts = [Path(file).read_text(encoding="utf-8") for file in files if os.path.isfile(file)]
+    texts = [_read(file) for file in files if os.path.isfile(file)]
     return tuple(line.strip() for text in texts for line in text.splitlines() if "=" in line)
+
+
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingError(
+            explain(
+                f"{os.path.abspath(file)}, which DeepSpeed's launcher reads for variables, cannot be read: {error}.",
+                accepted="lines NAME=VALUE in UTF-8",
+                remedy="Correct the file, or name another one in DS_ENV_FILE.",
+            )
+        ) from None
 
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)")

@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ..core.errors import LaunchError, explain
+from ..core.errors import AccelerateError, LaunchError, explain
 from ..core.last_words import NOTE_FILE_VARIABLE
 from ..core.leaving import NOTE_VARIABLE
 from ..settings import env, variables
@@ -28,6 +28,7 @@ from . import agent, loopback, registry, rendezvous, signals, streams
 from .failures import Account, accounts, judged, keep_tracebacks
 from .family import Family
 from .guard import guarded
+from .inline import not_started
 from .logs import NOTE_FILE, AdoptedLogs, Logs
 from .machine import unusable_folder
 from .plan import LaunchPlan
@@ -105,6 +106,10 @@ def _start(
             with env.applied(environ), signals.passing_on_to_children():
                 elastic_launch(config, entry)(*arguments)
             watched.ended_well = True
+        except OSError as error:
+            if isinstance(entry, str) and error.filename in (entry, None) and not isinstance(error, AccelerateError):
+                raise not_started(plan, error) from error
+            raise
         except ChildFailedError:
             watched.logs.finish()
             raise judged(watched) from None

@@ -26,7 +26,7 @@ from .report import RunPreempted, WorkersFailed
 def become(plan: LaunchPlan) -> NoReturn:
     """Replace this process by the script. Does not return."""
     try:
-        os.execvpe(plan.argv[0], plan.argv, environment(plan))
+        os.execvpe(plan.command[0], plan.command, environment(plan))
     except OSError as error:
         raise not_started(plan, error) from error
 
@@ -55,9 +55,11 @@ def run(plan: LaunchPlan) -> None:
             f"accelerate: the launcher received {name} and passed it on to the script", 128 + child.received
         )
     if status:
-        raise WorkersFailed.alone(plan.argv, status)
+        raise WorkersFailed.alone(plan.command, status)
 
 
+HANDED_ON = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
+"""Signals that a script may wait for, and that end nothing."""
 _PASSED_ON = [signal.SIGINT, *map(signal.Signals.__getitem__, SIGNALS)]
 
 
@@ -70,15 +72,18 @@ class _Child:
 
     def start(self, plan: LaunchPlan) -> int:
         """Run the script; return its exit code."""
-        self.process = subprocess.Popen(plan.argv, env=environment(plan))
+        self.process = subprocess.Popen(plan.command, env=environment(plan))
         if self.received is not None:  # it came while the process was being made
             self._send(self.received)
         return self.process.wait()
 
     def receive(self, number: int, _frame: Any) -> None:
-        """Handle a signal to this process."""
+        """Handle a signal to this process. A second one that ends it ends the script now."""
+        again = self.received is not None and number not in HANDED_ON
         self.received = number
-        if self.process is not None:
+        if again and self.process is not None:
+            self.process.kill()
+        elif self.process is not None:
             self._send(number)
 
     def _send(self, number: int) -> None:
@@ -131,7 +136,7 @@ def not_started(plan: LaunchPlan, error: OSError) -> LaunchError:
     """Return the error for a program that could not be run."""
     return LaunchError(
         explain(
-            f"{plan.argv[0]!r} cannot be run: {error.strerror}.",
+            f"{plan.command[0]!r} cannot be run: {error.strerror}.",
             accepted="a program on the PATH, or the path of one",
             remedy="Check the name after --no_python.",
         )

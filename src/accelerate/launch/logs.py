@@ -6,6 +6,7 @@ interface for this; only when such a run starts.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import select
@@ -24,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.api import to_map
 
 from ..core.last_words import LAUNCHER_VARIABLE
 from ..core.leaving import NOTE_VARIABLE
+from .machine import unusable_folder
 
 NOTE_FILE = "preempted"
 """In the folder for notes: that the run saved itself."""
@@ -138,10 +140,15 @@ class Logs(LogsSpecs):
 
     def _fresh(self, own: Streams, name: str) -> Path:
         folder = own.folder if self._kept is None else self._kept / f"rank_{own.rank}"
-        folder.mkdir(parents=True, exist_ok=True)
         file = folder / f"{name}.log"
-        if file.exists():
-            file.rename(self.later_name(file))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if file.exists():
+                file.rename(self.later_name(file))
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        except OSError as error:
+            raise unusable_folder(f"log_dir={folder.parent}", f"{error.filename}: {error.strerror}") from None
         return file
 
     def later_name(self, file: Path) -> Path:

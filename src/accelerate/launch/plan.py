@@ -54,6 +54,8 @@ class LaunchPlan:
     """Variables of the launcher that a single process does not get."""
     starter: str = ""
     """The program that starts the processes and gives them their ranks, if that is not us."""
+    prefix: tuple[str, ...] = ()
+    """The words with which that program is called, before those that each process runs."""
     start: deepspeed.Start | None = None
     """How DeepSpeed's launcher is called, if that is the program."""
     process: Process | None = None
@@ -84,7 +86,7 @@ class LaunchPlan:
     @property
     def command(self) -> tuple[str, ...]:
         """What is run here: `argv`, or the program that starts it in all processes."""
-        return self.argv if self.start is None else deepspeed.command(self.start, self.argv, self.env)
+        return (*self.prefix, *self.argv) if self.start is None else deepspeed.command(self.start, self.argv, self.env)
 
     @property
     def world_size(self) -> int:
@@ -115,6 +117,7 @@ def plan(request: LaunchRequest, machine: Machine) -> LaunchPlan:
         SettingError: (a `ValueError`) if the machine has not what the request needs.
         LaunchError: If the port that other machines will look for is taken.
     """
+    request = _with_visible_devices(request, machine)
     if request.gpu_ids is not None and machine.mpirun is None and machine.deepspeed is None:
         devices.check_ids(request.gpu_ids, request.describe("gpu_ids"), machine.devices)
     if request.place is not None and request.place.process is not None:
@@ -262,10 +265,10 @@ def _by_mpirun(request: LaunchRequest, machine: Machine, mpirun: Program, proces
     env = _environment(request, machine, per_node or processes, request.cpu)
     env["MASTER_ADDR"] = request.main_process_ip or mpirun.first_host or "127.0.0.1"
     env["MASTER_PORT"] = str(request.main_process_port or DEFAULT_PORT)
-    command = _argv(request, machine, buffered=False)
     return LaunchPlan(
         kind="inline",
-        argv=mpirun.command(request.mpirun_hostfile or "", processes, per_node, env, command),
+        argv=_argv(request, machine, buffered=False),
+        prefix=mpirun.command(request.mpirun_hostfile or "", processes, per_node, env),
         env=env,
         without=_left_out(request, machine),
         starter="mpirun",
@@ -427,6 +430,20 @@ def _argv(request: LaunchRequest, machine: Machine, *, buffered: bool) -> tuple[
 _RUN_PATH = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
+def _with_visible_devices(request: LaunchRequest, machine: Machine) -> LaunchRequest:
+    """Let a file pick devices among those that the environment shows, and none beside them."""
+    shown = [item.strip() for item in machine.visible.split(",")]
+    picks = request.gpu_ids is not None and not request.is_for_this_run("gpu_ids")
+    if not (picks and machine.visible and machine.devices) or set(request.gpu_ids or ()) <= set(shown):
+        return request
+    note = (
+        f"{request.describe('gpu_ids')} is left aside: {machine.devices.visible}={machine.visible} in the environment "
+        "shows other devices."
+    )
+    origins = {name: origin for name, origin in request.origins.items() if name != "gpu_ids"}
+    return replace(request, gpu_ids=None, origins=origins, notes=(*request.notes, note))
+
+
 def _environment(request: LaunchRequest, machine: Machine, processes_here: int, on_cpu: bool) -> dict[str, str]:
     values = {
         CPU_VARIABLE: _flag(on_cpu),
@@ -518,6 +535,10 @@ def _far_rendezvous(request: LaunchRequest, machine: Machine, notes: list[str]) 
         is_host = request.machine_rank == 0
         options.setdefault("is_host", str(int(is_host)))
         known_as = request.main_process_ip if is_host else known_as
+    if backend == "static" and request.local_addr is not None:
+        notes.append(
+            f"{request.describe('local_addr')} has no use: machines that meet by static use main_process_ip alone."
+        )
     described = request.describe("main_process_ip")
     endpoint = f"{_in_brackets(request.main_process_ip or '')}:{port}"
     # A number for each machine may differ between them.

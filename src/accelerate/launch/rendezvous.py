@@ -367,7 +367,7 @@ def _create_changing(parameters: RendezvousParameters) -> RendezvousHandler:
     host, port = parse_rendezvous_endpoint(parameters.endpoint, default_port=-1)
     limit_seconds = float(parameters.get("join_timeout", JOIN_SECONDS))
     is_first = parameters.get_as_bool("is_host")
-    if host != "localhost":
+    if host != "localhost" or parameters.max_nodes > 1:
         _find(parameters, host, port, limit_seconds, is_first=is_first)
     backend, store = create_backend(parameters)
     inner = create_handler(store, backend, parameters)

@@ -413,9 +413,10 @@ def _check_words(request: LaunchRequest) -> None:
                     remedy=f"Pass --{name} {accepted[0]} for the default.",
                 )
             )
-    if request.main_process_ip and not is_host(request.main_process_ip):
-        accepted = "an address or a host name"
-        raise SettingError(explain(f"{request.describe('main_process_ip')} is no address.", accepted=accepted))
+    for name in ("main_process_ip", "local_addr"):
+        if getattr(request, name) and not is_host(getattr(request, name)):
+            accepted = "an address or a host name"
+            raise SettingError(explain(f"{request.describe(name)} is no address.", accepted=accepted))
     if request.mixed_precision == PrecisionType.FP8.value:
         refuse(request.describe("mixed_precision"), engines.FP8)
     if request.save_on_signals is not None:

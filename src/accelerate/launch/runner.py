@@ -34,8 +34,6 @@ from .report import RunPreempted, WorkersFailed
 GRACE_SECONDS = 35.0
 """How long the run may take to end when the launcher is asked to: DeepSpeed gives its processes 30 seconds."""
 _LEFT_GRACE_SECONDS = 1.0
-_HANDED_ON = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
-"""Signals that a script may wait for, and that end nothing."""
 
 
 def run(plan: LaunchPlan) -> None:
@@ -127,7 +125,7 @@ class _Runner:
                 signal.signal(number, handler)
 
     def _receive(self, number: int, _frame: Any) -> None:
-        if number in _HANDED_ON:
+        if number in inline.HANDED_ON:
             send([pid for pid in self.family.members() if signals.handles(pid, number)], number, groups=False)
         elif self.received is not None:
             self._stop()

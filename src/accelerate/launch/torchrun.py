@@ -212,10 +212,11 @@ def check_agent(values: Mapping[str, Any], origins: Mapping[str, str]) -> None:
             )
         )
     for name in (values.get("signals_to_handle") or "").split(","):
-        if name and name not in signal.Signals.__members__:
+        if name and (name not in signal.Signals.__members__ or name in ("SIGKILL", "SIGSTOP")):
+            why = "no process can handle" if name in signal.Signals.__members__ else "is no signal here"
             raise SettingError(
                 explain(
-                    f"signals_to_handle names {name!r} ({origins['signals_to_handle']}), which is no signal here.",
+                    f"signals_to_handle names {name!r} ({origins['signals_to_handle']}), which {why}.",
                     accepted="names such as SIGTERM, separated by commas",
                     remedy="torch's own list is SIGTERM,SIGINT,SIGHUP,SIGQUIT.",
                 )

@@ -104,7 +104,7 @@ def misspelt(environ: Mapping[str, str]) -> dict[str, str]:
     for name in environ:
         begins_alike = difflib.get_close_matches(name.partition("_")[0], [PREFIX.rstrip("_")], cutoff=0.85)
         if begins_alike and name not in KNOWN and not name.startswith(tuple(_FAMILIES)):
-            close = difflib.get_close_matches(name, sorted(KNOWN), n=1, cutoff=0.85)
+            close = difflib.get_close_matches(name, sorted((*OBEYED, *_SWITCHES)), n=1, cutoff=0.85)
             if close:
                 found[name] = close[0]
     return found

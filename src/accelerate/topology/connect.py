@@ -235,7 +235,7 @@ def _backends(group: Any) -> list[Any]:
 def _find_first(process: Process, limit: timedelta) -> None:
     # Before torch looks for it, which prints pages meanwhile and gives up only after the group's time limit. A launcher
     # that serves the store has done so for its ranks.
-    if process.address is None or serves_store():
+    if process.address is None or process.world_size == 1 or serves_store():
         return
     host, _, port = process.address.rpartition(":")
     origin = "MASTER_ADDR in the environment" if env.get("MASTER_ADDR") else f"the variables of {process.source}"
@@ -243,7 +243,7 @@ def _find_first(process: Process, limit: timedelta) -> None:
     if process.rank == 0:
         network.wait_until_own(host, int(port), described, may_be_served=True)
     else:
-        speaker = f"accelerate, rank {process.rank}"
+        speaker = "" if process.local_rank else f"accelerate, rank {process.rank}"  # one of each machine says it
         network.wait_until_reachable(host, int(port), described, limit.total_seconds(), speaker=speaker)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ..core.errors import SettingError, explain
 from . import slurm
 from .process import Process
-from .variables import check_rank, number
+from .variables import check_rank, number, port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,4 +131,4 @@ def _address(environ: Mapping[str, str], *, spans_nodes: bool) -> str:
                 remedy="Start with: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=29500 ...",
             )
         )
-    return f"{host or '127.0.0.1'}:{environ.get('MASTER_PORT', '29500')}"
+    return f"{host or '127.0.0.1'}:{port(environ)}"

@@ -185,7 +185,7 @@ def wait_until_own(host: str, port: int, described: str, *, may_be_served: bool 
         host: Where the others will look for this machine.
         port: The same.
         described: The address with its origin, for errors.
-        may_be_served: Whether a store may be there already, of this process itself.
+        may_be_served: Whether this process itself may listen there already: torch lets it have one store for all.
 
     Raises:
         LaunchError: If it leads elsewhere or nowhere, or if the port stays taken.
@@ -197,8 +197,11 @@ def wait_until_own(host: str, port: int, described: str, *, may_be_served: bool 
             with _listening(port) as server:
                 found = _attempt(host, port, deadline, server)
         except OSError as error:
-            found = _Found(f"port {port} cannot be listened on here: {os.strerror(error.errno or 0)}", is_other=True)
-            if may_be_served and _attempt(host, port, deadline).problem is None:
+            found = _Found(
+                f"port {port} cannot be listened on here: {os.strerror(error.errno or 0)}",
+                is_other=error.errno == errno.EADDRINUSE,
+            )
+            if may_be_served and _listens(port):
                 return
         if found.problem is None:
             return
@@ -206,6 +209,14 @@ def wait_until_own(host: str, port: int, described: str, *, may_be_served: bool 
         if seconds >= UNREACHABLE_SECONDS:
             raise _leads_elsewhere(host, port, described, found.problem, round(seconds), found.is_other)
         time.sleep(_PAUSE_SECONDS)
+
+
+def _listens(port: int) -> bool:
+    """Tell whether this process listens on a port."""
+    import psutil
+
+    here = psutil.Process().net_connections(kind="tcp")
+    return any(each.status == psutil.CONN_LISTEN and each.laddr.port == port for each in here)
 
 
 def _listening(port: int) -> socket.socket:
@@ -232,7 +243,7 @@ def wait_until_reachable(
         port: Where it will listen.
         described: The address with its origin, for errors.
         limit_seconds: How long to wait for its launcher.
-        speaker: Who says so while it waits.
+        speaker: Who says so while it waits; nobody if empty.
         may_be_free: Whether nobody need listen: the port is on this machine, and may become this process's.
 
     Raises:
@@ -249,7 +260,7 @@ def wait_until_reachable(
         reached = now if found.is_there else reached
         if now - reached >= UNREACHABLE_SECONDS or now - began >= limit_seconds:
             raise _not_reached(host, port, described, found.problem, round(now - began), found.is_other)
-        if now - noted >= _NOTE_SECONDS:
+        if speaker and now - noted >= _NOTE_SECONDS:
             noted = now
             print(f"{speaker}: waiting for the first machine at {host}:{port} ({found.problem})", file=sys.stderr)
         time.sleep(pause)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..core.errors import SettingError, explain
+from . import variables
 from .process import Process
 from .variables import check_rank, number
 
@@ -55,7 +56,7 @@ def find(environ: Mapping[str, str]) -> Process | None:
         local_rank=step.local_task,
         local_world_size=step.tasks_here,
         source="slurm",
-        address=f"{address}:{environ.get('MASTER_PORT') or step.port}",
+        address=f"{address}:{variables.port(environ, step.port)}",
     )
 
 

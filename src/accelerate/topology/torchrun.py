@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ..core.errors import SettingError, explain
 from .process import Process
-from .variables import check_rank, number
+from .variables import check_rank, number, port
 
 
 def find(environ: Mapping[str, str]) -> Process | None:
@@ -34,7 +34,7 @@ def find(environ: Mapping[str, str]) -> Process | None:
         local_rank=local_rank,
         local_world_size=local_world_size,
         source="torchrun",
-        address=f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{environ.get('MASTER_PORT', '29500')}",
+        address=f"{environ.get('MASTER_ADDR', '127.0.0.1')}:{port(environ, is_alone=world_size == 1)}",
     )
 
 
@@ -75,5 +75,5 @@ def _one_per_machine(environ: Mapping[str, str]) -> Process | None:
         rank=rank,
         world_size=world_size,
         source="torchrun",
-        address=f"{environ['MASTER_ADDR']}:{environ.get('MASTER_PORT', '29500')}",
+        address=f"{environ['MASTER_ADDR']}:{port(environ)}",
     )

@@ -29,6 +29,26 @@ def number(environ: Mapping[str, str], name: str, default: int | None = None) ->
     return int(text)
 
 
+def port(environ: Mapping[str, str], default: int = 29500, *, is_alone: bool = False) -> int:
+    """Return the port at which the ranks meet, from `MASTER_PORT`; `default` where nobody says.
+
+    A rank that is alone may leave the choice to the system, with 0.
+
+    Raises:
+        SettingError: (a `ValueError`) if it is no port.
+    """
+    text = (environ.get("MASTER_PORT") or str(default)).strip()
+    if not text.isdecimal() or not (not is_alone) <= int(text) <= 65535:
+        raise SettingError(
+            explain(
+                f"MASTER_PORT={text!r:.80} in the environment is no port.",
+                accepted="a number from 1 to 65535, the same for all ranks",
+                remedy="Correct the variable, or unset it.",
+            )
+        )
+    return int(text)
+
+
 def check_rank(rank: int, world_size: int, origin: str) -> None:
     """Refuse a rank outside its world."""
     if rank >= world_size:

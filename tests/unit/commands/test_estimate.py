@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import io
 import json
 import os
 import subprocess
@@ -310,3 +311,15 @@ def test_a_library_that_is_not_installed_is_named(tmp_path, monkeypatch, capsys)
 def test_the_program_that_builds_models_imports_nothing_of_ours():
     text = Path(estimate.__file__).with_name("skeleton.py").read_text()
     assert "from ." not in text and "import accelerate" not in text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
+def test_the_table_is_drawn_with_what_the_output_has(monkeypatch, encoding):
+    table = create_ascii_table(["a", "bb"], [["1", "22"], ["333", "4"]], "name")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding=encoding))
+
+    drawn = estimate._drawable(table)
+
+    assert len(drawn) == len(table)
+    assert drawn.encode(encoding).decode(encoding) == drawn
+    assert (drawn == table) is (encoding == "utf-8")

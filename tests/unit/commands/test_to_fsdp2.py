@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from accelerate.commands.to_fsdp2 import convert_config_to_fsdp2, main, to_fsdp2_command, to_fsdp2_command_parser
+from accelerate.core.errors import SettingError
 
 OLD = {
     "distributed_type": "FSDP",
@@ -170,3 +171,14 @@ def test_a_file_that_is_none_ends_with_status_2_and_is_left_alone(tmp_path, caps
     assert message in capsys.readouterr().err
     assert file.exists() == (text is not None)
     assert text is None or file.read_text() == text
+
+
+def test_one_option_in_two_spellings_that_contradict_each_other_is_refused():
+    options = {"fsdp_sharding_strategy": "FULL_SHARD", "sharding_strategy": "NO_SHARD"}
+    with pytest.raises(
+        SettingError, match="fsdp_sharding_strategy='FULL_SHARD' contradicts sharding_strategy='NO_SHARD'"
+    ):
+        convert_config_to_fsdp2({"fsdp_config": options})
+
+    same = {"fsdp_sharding_strategy": "NO_SHARD", "sharding_strategy": "NO_SHARD"}
+    assert convert_config_to_fsdp2({"fsdp_config": same})["fsdp_config"]["fsdp_reshard_after_forward"] is False

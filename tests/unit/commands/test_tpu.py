@@ -157,3 +157,18 @@ def test_without_gcloud_the_remedy_is_named(tmp_path, monkeypatch, capsys):
         main([*POD, "--command", "ls"])
     assert end.value.code == 2
     assert "`gcloud` is not on the PATH.\nInstall the Google Cloud CLI" in capsys.readouterr().err
+
+
+def test_what_would_have_no_effect_is_refused_or_told(tmp_path, gcloud, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*POD, "--command", "ls", "--accelerate_version", "1.2.3"])
+    assert ended.value.code == 2
+    assert "accelerate_version='1.2.3' has no effect: nothing is installed" in capsys.readouterr().err
+
+    file = tmp_path / "c.yaml"
+    file.write_text(f"{FILE}tpu_use_sudo: true\ntpu_env: ['A=1']\ncommands: ['ls']\n")
+    main(["--config_file", str(file), "--debug"])
+
+    told = capsys.readouterr().err
+    for key in ("tpu_use_sudo", "tpu_env"):
+        assert f"accelerate tpu-config: {key} in the configuration file has no effect" in told

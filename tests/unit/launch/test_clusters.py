@@ -249,6 +249,36 @@ def test_a_shell_or_batch_script_of_slurm_is_no_job_and_is_told_of_the_other_nod
     )
 
 
+def test_the_other_nodes_are_not_told_of_where_several_machines_are_asked_for(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("distributed_type: MULTI_CPU\nnum_machines: 2\nmachine_rank: 1\nmain_process_ip: h\n")
+
+    for request in (
+        asked(places.SLURM_BATCH, file=config_file.read(file)),
+        asked(places.SLURM_BATCH, {"num_machines": 2, "main_process_ip": "h"}),
+    ):
+        assert (request.num_machines, request.notes) == (2, ())
+
+
+@pytest.mark.parametrize("index", [3, "x"])
+@pytest.mark.parametrize("pool", [["h0:2222"], 7])
+def test_a_description_of_vertex_that_does_not_fit_is_refused(index, pool):
+    spec = {"cluster": {"workerpool0": pool}, "task": {"type": "workerpool0", "index": index}}
+
+    with pytest.raises(
+        SettingError, match=f"CLUSTER_SPEC in the environment says that this is workerpool0 {index}, and"
+    ):
+        asked({"CLUSTER_SPEC": json.dumps(spec)})
+
+
+def test_a_host_of_vertex_may_have_no_port():
+    spec = {"cluster": {"workerpool0": ["h0", "h1"]}, "task": {"type": "workerpool0", "index": 1}}
+
+    request = asked({"CLUSTER_SPEC": json.dumps(spec)})
+
+    assert (request.main_process_ip, request.main_process_port, request.machine_rank) == ("h0", None, 1)
+
+
 def test_one_node_of_a_place_is_this_machine():
     request = asked({**places.SKYPILOT, "SKYPILOT_NUM_NODES": "1", "SKYPILOT_NODE_RANK": "0"})
 

@@ -398,6 +398,12 @@ def test_the_users_files_of_variables_are_read_from_home_and_here(tmp_path, monk
     assert deepspeed.user_lines({}) == ("A=1", "B=2 3")
     assert deepspeed.user_lines({"DS_ENV_FILE": "other"}) == ("C=3",)
 
+    (here / "other").write_bytes(b"A=\xe9")
+    with pytest.raises(
+        SettingError, match="here/other, which DeepSpeed's launcher reads for variables, cannot be read"
+    ):
+        deepspeed.user_lines({"DS_ENV_FILE": "other"})
+
 
 # --- through the shell of another host ---------------------------------------------------------------------
 

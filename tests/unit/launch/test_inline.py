@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import threading
+import time
 
 import pytest
 
 from accelerate.launch import inline
+from accelerate.launch.plan import LaunchPlan
+from accelerate.launch.report import WorkersFailed
 from accelerate.settings.preemption import SIGNALS
 
 
@@ -22,3 +28,25 @@ def test_each_signal_on_which_a_run_may_save_itself_reaches_the_script(name):
     finally:
         signal.signal(signal.Signals[name], before)
     assert received == [signal.Signals[name]]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends signals as people do there")
+def test_a_second_signal_ends_a_script_that_does_not_hear_the_first(tmp_path):
+    deaf = f"import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path({str(tmp_path / 'up')!r}).touch(); "
+    plan = LaunchPlan(kind="inline", argv=(sys.executable, "-c", f"{deaf}time.sleep(600)"), env={})
+
+    def signals() -> None:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "up").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+    sender = threading.Thread(target=signals)
+    sender.start()
+    began = time.monotonic()
+    with pytest.raises(WorkersFailed, match="received SIGTERM"):
+        inline.run(plan)
+    sender.join()
+    assert time.monotonic() - began < 100

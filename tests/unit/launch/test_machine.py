@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
 import torch
 
-from accelerate.core.errors import SettingError
-from accelerate.launch import devices, machine
+from accelerate.core.errors import LaunchError, SettingError
+from accelerate.launch import devices, machine, mpirun
 from accelerate.launch.request import LaunchRequest
 
 
@@ -113,3 +114,16 @@ def test_cores_are_at_least_one_and_at_most_what_is_allowed():
 )
 def test_the_variables_of_a_rank_are_those_of_torchrun_not_of_mpi(environ, expected):
     assert machine.survey(LaunchRequest(script="s.py", cpu=True), environ).rank_variables == expected
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a program of a kind that others do not have")
+def test_an_mpirun_that_does_not_answer_is_told_and_gets_no_terminal(tmp_path, monkeypatch):
+    program, hosts = tmp_path / "mpirun", tmp_path / "hosts"
+    program.write_text("#!/bin/sh\nread line; exec sleep 600\n")
+    program.chmod(0o755)
+    hosts.write_text("a\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(mpirun, "_VERSION_SECONDS", 0.5)
+
+    with pytest.raises(LaunchError, match=r"mpirun, which cannot be run: no answer within 0\.5 s"):
+        mpirun.find(str(hosts), "mpirun_hostfile=hosts (from --mpirun_hostfile)")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import pytest
 from torch.distributed import HashStore, TCPStore
-from torch.distributed.elastic.rendezvous import RendezvousConnectionError
+from torch.distributed.elastic.rendezvous import RendezvousConnectionError, RendezvousParameters
 
 from accelerate.core.errors import LaunchError
 from accelerate.launch import rendezvous
@@ -119,6 +123,16 @@ def test_a_port_of_this_machine_may_be_free_but_not_another_programs(monkeypatch
     network.wait_until_reachable("127.0.0.1", port, "", 600, may_be_free=True)
 
 
+@pytest.mark.parametrize("numbered", [{"is_host": "0"}, {}], ids=["second", "unnumbered"])
+def test_another_program_at_this_machine_by_its_short_name_is_told_too(monkeypatch, numbered):
+    monkeypatch.setattr(network, "UNREACHABLE_SECONDS", 0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"localhost:{server.getsockname()[1]}"
+        parameters = RendezvousParameters("c10d", endpoint, "run", 2, 2, **numbered)
+        with pytest.raises(LaunchError, match="another program answers there, and says nothing"):
+            rendezvous._create_changing(parameters)
+
+
 def test_a_name_server_that_does_not_answer_is_not_waited_for_longer_than_wanted(monkeypatch):
     monkeypatch.setattr(network, "UNREACHABLE_SECONDS", 0.1)
     monkeypatch.setattr(network, "_PAUSE_SECONDS", 0.1)
@@ -145,10 +159,25 @@ def test_the_first_machine_comes_by_its_own_address():
         network.wait_until_own(host, port, "")
 
 
+@contextmanager
+def other_process_listening() -> Iterator[int]:
+    """Let a store of another run have a port of this machine."""
+    program = (
+        "import sys; from torch.distributed import TCPStore\n"
+        "store = TCPStore('127.0.0.1', 0, is_master=True, wait_for_workers=False)\n"
+        "print(store.port, flush=True); sys.stdin.read()"
+    )
+    words = [sys.executable, "-c", program]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        yield int(child.stdout.readline())
+        child.stdin.close()
+
+
 def test_a_first_machine_whose_port_is_taken_is_told(monkeypatch):
     monkeypatch.setattr(network, "UNREACHABLE_SECONDS", 0)
-    with socket.create_server(("", 0)) as other:
-        port = other.getsockname()[1]
+    with other_process_listening() as port:
         expected = f"This is machine 0, and 127.0.0.1:{port}, where the others will look for it, does not lead here"
         for may_be_served in (False, True):
             with pytest.raises(

@@ -397,9 +397,10 @@ def test_mpirun_is_given_the_hosts_the_processes_and_the_environment(is_open_mpi
     found = planned(flags, mpirun=program)
 
     assert found.kind == "inline"
-    assert "-x" not in found.argv or "ACCELERATE_USE_CPU=true" in found.argv
+    assert "-x" not in found.prefix or "ACCELERATE_USE_CPU=true" in found.prefix
+    assert found.command == (*found.prefix, *found.argv)
     env = {"A": "1", "MASTER_ADDR": "a", "MASTER_PORT": "29500"}
-    assert " ".join(program.command("hosts", 4, 2, env, found.argv[-5:])) == expected
+    assert " ".join((*program.command("hosts", 4, 2, env), *found.argv)) == expected
 
 
 @pytest.mark.parametrize(
@@ -457,7 +458,8 @@ FAR = {"num_processes": 2, "num_machines": 2, "main_process_ip": "a"}
         ({**ALONE, "rdzv_backend": "c10d"}, {}, "rdzv_backend=c10d (from --rdzv_backend) has no use on a single machine."),
         ({**ALONE, "rdzv_backend": "theirs", "rdzv_conf": "a=9", "local_addr": "a", "main_process_ip": "a"}, {}, None),
         ({**ALONE, "local_addr": "a"}, {}, "local_addr=a (from --local_addr) has no use on a single machine."),
-        ({**FAR, "local_addr": "a", "rdzv_conf": "timeout=9"}, {}, None),
+        ({**FAR, "local_addr": "a", "rdzv_conf": "timeout=9", "max_restarts": 1}, {}, None),
+        ({**FAR, "local_addr": "a"}, {}, "local_addr=a (from --local_addr) has no use: machines that meet by static use"),
         ({**ALONE, "main_process_ip": "a"}, {}, "main_process_ip=a (from --main_process_ip) has no use on a single machine."),
         ({**ALONE, "main_process_ip": "localhost"}, {}, None),
         ({"main_process_ip": "a"}, places.SLURM_TASK_PER_PROCESS, None),
@@ -524,6 +526,26 @@ def test_devices_that_a_file_names_are_told_to_be_of_no_use_to_cpus(tmp_path):
 
     expected = f"gpu_ids=0,1 (from gpu_ids in {file}, line 2) has no use: cpu=True (from --cpu)."
     assert expected in plan(request, Machine("python")).notes
+
+
+@pytest.mark.parametrize(
+    ("shown", "named", "chosen"),
+    [("", "0,1", "0,1"), ("2,3", "0,1", None), ("0,1,2,3", "2,3", "2,3"), ("2, 3", "3,2", "3,2"), ("3", "0,1", None)],
+)
+@pytest.mark.parametrize("place", [{}, {**places.SLURM_TASK_PER_PROCESS}], ids=["alone", "slurm"])
+def test_a_file_picks_devices_among_those_that_the_environment_shows(tmp_path, shown, named, chosen, place):
+    file = tmp_path / "c.yaml"
+    file.write_text(f"distributed_type: MULTI_GPU\ngpu_ids: '{named}'\n")
+    machine = Machine("python", devices=Devices(1, "cuda", "CUDA_VISIBLE_DEVICES"), visible=shown)
+    request = LaunchRequest.merge({}, config_file.read(file), place, script="train.py")
+
+    found = plan(request, machine)
+
+    note = f"gpu_ids={named} (from gpu_ids in {file}, line 2) is left aside: CUDA_VISIBLE_DEVICES={shown} in the environment"
+    assert found.env.get("CUDA_VISIBLE_DEVICES") == chosen
+    assert any(text.startswith(note) for text in found.notes) is (chosen is None)
+    flag = LaunchRequest.merge({"gpu_ids": named}, None, place, script="train.py")
+    assert plan(flag, machine).env["CUDA_VISIBLE_DEVICES"] == named, "a flag comes before the environment"
 
 
 def test_one_device_is_told_where_a_file_asks_for_several(tmp_path):
@@ -603,7 +625,7 @@ def test_a_plan_for_mpirun_tells_what_mpirun_will_do():
 
     shown, text = show.describe(found, request), show.as_text(found, request)
 
-    assert "CUDA_VISIBLE_DEVICES=0,1" in found.argv
+    assert "CUDA_VISIBLE_DEVICES=0,1" in found.command
     assert shown["environment"]["CUDA_VISIBLE_DEVICES"] == {"value": "0,1", "source": "from --gpu_ids"}
     assert shown["processes"] == {"total": 4, "on_each_machine": None, "source": "from --num_processes"}
     assert (shown["machines"]["total"], shown["ranks"], shown["started_by"]) == (None, None, "mpirun")

@@ -116,6 +116,10 @@ def test_a_preflight_comes_before_the_script_in_the_same_processes():
     assert (changed.env, changed.kind, changed.processes_per_node) == (plan.env, plan.kind, 2)
     assert preflight.SCRIPT.is_file()
 
+    plan = LaunchPlan(kind="inline", prefix=("mpirun", "-np", "2"), argv=("python", "train.py"), env={})
+    script = ("/python", "-u", str(preflight.SCRIPT), "--then", "python", "train.py")
+    assert preflight.before(plan, "/python").command == ("mpirun", "-np", "2", *script)
+
 
 def test_processes_that_are_started_again_go_straight_to_the_script(monkeypatch):
     from accelerate.test_utils.scripts import preflight as program

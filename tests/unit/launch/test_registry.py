@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
 
 from accelerate.commands.launch import launch_command, launch_command_parser
-from accelerate.core.errors import SettingError
+from accelerate.core.errors import LaunchError, SettingError
 from accelerate.launch import elastic, registry
 from accelerate.launch.plan import LaunchPlan, Rendezvous
 
@@ -27,6 +28,8 @@ def dry_run(*words: str) -> None:
         (["--event_log_handler", "foo"], "event_log_handler='foo' (from --event_log_handler) is not known to torch."),
         (["--logs_specs", "foo"], "logs_specs='foo' is not registered (from --logs_specs)."),
         (["--rdzv_conf", "join_timeout=abc"], "join_timeout=abc (from --rdzv_conf) cannot be read."),
+        (["--signals_to_handle", "SIGKILL"], "signals_to_handle names 'SIGKILL' (from --signals_to_handle), which no process"),
+        (["--local_addr", "no such!host"], "local_addr=no such!host (from --local_addr) is no address."),
         (["--tee", "99"], "tee='99' (from --tee) names no streams."),
         (["--log_dir", "{file}"], "log_dir={file} (from --log_dir) cannot be used: {file} is no folder."),
         (["--log_dir", "{file}/x/y"], "cannot be used: {file} is no folder."),
@@ -69,6 +72,28 @@ def test_a_folder_for_logs_that_cannot_be_made_after_all_is_named(tmp_path):
 
     with pytest.raises(SettingError, match=r"^log_dir=logs \(from --log_dir\) cannot be used: File exists\."):
         elastic.run(plan)
+
+
+def test_a_folder_for_one_rank_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank_0").touch()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.py").touch()
+
+    with pytest.raises(SettingError, match=r"^log_dir=.*logs cannot be used: .*rank_0: File exists\."):
+        launch_command(launch_command_parser().parse_args(["--cpu", "-n", "2", "--log_dir", "logs", "s.py"]))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a form of programs that others do not have")
+def test_a_program_that_cannot_be_run_is_named_for_several_processes_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for text, problem in (("echo hi", "Exec format error"), ("#!/no/such/program", "No such file or directory")):
+        program = tmp_path / "p.sh"
+        program.write_text(text)
+        program.chmod(0o755)
+        for count in ("1", "2"):
+            with pytest.raises(LaunchError, match=f"'./p.sh' cannot be run: {problem}"):
+                launch_command(launch_command_parser().parse_args(["--cpu", "-n", count, "--no_python", "./p.sh"]))
 
 
 def test_a_way_to_meet_that_a_notebook_has_registered_is_accepted(monkeypatch):

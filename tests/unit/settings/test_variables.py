@@ -46,6 +46,7 @@ def test_every_variable_of_a_launch_is_on_the_list():
         ("ACCELERATED_DEBUG_MODE", "ACCELERATE_DEBUG_MODE"),
         ("ACCELERATOR_TYPE", None),
         ("TORCH_DEVICE", None),
+        ("ACCELERATE_CONFIG_FILE", None),
         ("ACCELERATE_KT_MODE", None),
         ("ACCELERATE_FP8_BACKEND", None),
         ("ACCELERATE_DEEPSPEED_ON", None),

@@ -110,27 +110,27 @@ def test_the_first_rank_is_looked_for_before_torch_looks(dist):
     connect.connect(PLACED, backend="gloo", timeout=timedelta(seconds=5))
     with env.applied({"MASTER_ADDR": "node-b"}):
         connect.connect(replace(PLACED, rank=0), backend="gloo")
-        connect.connect(PLACED, backend="gloo")
+        connect.connect(replace(PLACED, rank=2, local_rank=0), backend="gloo")
 
     slurm, named = (
         "The address comes from the variables of slurm",
         "The address comes from MASTER_ADDR in the environment",
     )
-    speaker = {"speaker": "accelerate, rank 3"}
     assert dist.looked == [
-        ("wait_until_reachable", "node-a", 29600, slurm, 5.0, speaker),
+        ("wait_until_reachable", "node-a", 29600, slurm, 5.0, {"speaker": ""}),
         ("wait_until_own", "node-a", 29600, named, {"may_be_served": True}),
-        ("wait_until_reachable", "node-a", 29600, named, 1800.0, speaker),
+        ("wait_until_reachable", "node-a", 29600, named, 1800.0, {"speaker": "accelerate, rank 2"}),
     ]
 
 
 def test_nobody_is_looked_for_where_others_do_or_none_serves(dist):
     connect.connect(PLACED, backend="mpi")
     connect.connect(PLACED, backend="gloo", init_method="file:///tmp/x")
+    connect.connect(Process(source="torchrun", address="127.0.0.1:0"), backend="gloo")
     with env.applied({"TORCHELASTIC_USE_AGENT_STORE": "True"}):
         connect.connect(PLACED, backend="gloo")
 
-    assert len(dist.calls) == 3
+    assert len(dist.calls) == 4
     assert dist.looked == []
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from accelerate.core.errors import SettingError
 from accelerate.topology import SOURCES, Process, attached, connect, detect, mpi, slurm, torchrun
+from tests.support import places
 
 # What each launcher sets, recorded; variables of no interest here left out.
 TORCHRUN = {
@@ -138,6 +139,11 @@ def test_detection_changes_nothing():
             {**MVAPICH, "MV2_COMM_WORLD_LOCAL_SIZE": "0"},
             "rank 0 is not below the world size 0 (MV2_COMM_WORLD_LOCAL_RANK",
         ),
+        ({**TORCHRUN, "MASTER_PORT": "abc"}, "MASTER_PORT='abc' in the environment is no port."),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT='0' in the environment is no port."),
+        ({**TORCHRUN, "MASTER_PORT": "65536"}, "MASTER_PORT='65536' in the environment is no port."),
+        ({**OPENMPI, "MASTER_PORT": "29x"}, "MASTER_PORT='29x' in the environment is no port."),
+        ({**places.SLURM_TASK_PER_PROCESS, "MASTER_PORT": "29x"}, "MASTER_PORT='29x' in the environment is no port."),
         ({**INTEL, "MPI_LOCALRANKID": "2"}, "(MPI_LOCALRANKID and MPI_LOCALNRANKS in the environment)"),
     ],
 )
@@ -170,3 +176,10 @@ def test_who_has_a_group_to_join():
     assert not Process().is_distributed
     assert detect(TORCHRUN_ALONE).is_distributed
     assert detect(OPENMPI).is_distributed
+
+
+def test_one_process_alone_may_leave_its_port_to_the_system():
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+
+    assert detect({**alone, "MASTER_PORT": "0"}).address == "127.0.0.1:0"
+    assert detect({**alone, "MASTER_PORT": ""}).address == "127.0.0.1:29500"
