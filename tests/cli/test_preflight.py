@@ -16,6 +16,7 @@ import pytest
 from accelerate.commands import test as command
 from accelerate.core.errors import LaunchError
 from accelerate.test_utils.scripts import preflight
+from tests.support.ranks import free_port
 
 SCRIPT = """
 import os, sys, time
@@ -227,3 +228,27 @@ def test_a_plan_is_printed_and_nothing_run(capsys):
     assert "processes    3" in shown
     assert Path(shown.splitlines()[0].split()[3]).name == "preflight.py"
     assert command.PASSED not in shown
+
+
+def test_ranks_that_somebody_else_has_placed_pass_on_to_the_script_quietly(tmp_path):
+    (tmp_path / "s.py").write_text(SCRIPT)
+    place = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [sys.executable, "-m", "accelerate", "launch", "--cpu", "--preflight", str(tmp_path / "s.py")]
+
+    ranks = [
+        subprocess.Popen(
+            words,
+            env={**os.environ, **place, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [child.communicate(timeout=250) for child in ranks]
+
+    assert [child.returncode for child in ranks] == [0, 0], said
+    assert [out for out, _ in said] == ["script 0 2 []\n", "script 1 2 []\n"]
+    assert "self test: 6 checks passed" in said[0][1]
+    assert "[c10d]" not in said[0][1]
+    assert said[1][1] == "", "nothing of torch's"

@@ -123,6 +123,18 @@ def test_the_launcher_starts_mpirun(tmp_path, environ, kind):
     assert told(tmp_path) == TWO_MET
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_processes_of_mpirun_are_checked_before_they_become_the_script(tmp_path, environ, kind):
+    named_mpirun(tmp_path, kind, environ)
+    (tmp_path / "hosts").write_text("127.0.0.1\n")
+    port = environ.pop("MASTER_PORT")
+
+    words = ("--cpu", "--mpirun_hostfile", "hosts", "-n", "2", "--main_process_port", port, "--preflight")
+    start(tmp_path, environ, *LAUNCH, *words, "meet.py")
+
+    assert told(tmp_path) == TWO_MET
+
+
 @pytest.mark.parametrize("count", [(), ("--num_machines", "2")], ids=["by the file", "by number"])
 def test_the_launcher_starts_mpirun_on_two_hosts(tmp_path, environ, count):
     lacking = hosts.missing()

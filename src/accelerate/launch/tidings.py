@@ -138,6 +138,13 @@ class Tidings:
         return replies[0] if replies else None
 
 
+def server_of(store: Any) -> tuple[str, int] | None:
+    """Return where a store's server listens; `None` for a store of another kind, which has none."""
+    while hasattr(store, "underlying_store"):
+        store = store.underlying_store
+    return (store.host, store.port) if hasattr(store, "port") else None
+
+
 def answers(store: Any, seconds: float = 0) -> bool:
     """Tell whether a store's server still listens. Torch prints pages when it finds out by itself.
 
@@ -145,14 +152,13 @@ def answers(store: Any, seconds: float = 0) -> bool:
         store: It, or one inside of it.
         seconds: How long it is tried again.
     """
-    while hasattr(store, "underlying_store"):
-        store = store.underlying_store
-    if not hasattr(store, "port"):  # a store of another kind has no server
+    address = server_of(store)
+    if address is None:
         return True
     deadline = time.monotonic() + seconds
     while True:
         try:
-            socket.create_connection((store.host, store.port), ANSWER_SECONDS).close()
+            socket.create_connection(address, ANSWER_SECONDS).close()
         except OSError:
             if time.monotonic() >= deadline:
                 return False

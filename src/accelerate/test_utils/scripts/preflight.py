@@ -13,6 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
@@ -22,6 +23,7 @@ import psutil
 from accelerate import Accelerator
 from accelerate.core.available import is_tqdm_available
 from accelerate.launch import links, preflight
+from accelerate.launch.tidings import server_of
 from accelerate.settings import env
 from accelerate.settings.preemption import RESUME_VARIABLE, SIGNALS_VARIABLE
 from accelerate.test_utils.scripts.test_script import CHECKS
@@ -144,16 +146,15 @@ def _leave_together(store: Any, rank: int, world_size: int) -> None:
     """Let no rank begin the script while the store of the preflight, if rank 0 serves it, could be taken for the script's."""
     if store is None or connect.serves_store():
         return
-    store.set(f"done/{rank}", "")
     if rank == 0:
-        store.wait([f"done/{other}" for other in range(world_size)])
+        store.wait([f"done/{other}" for other in range(1, world_size)])
         return  # the system closes it when this process becomes the script
-    try:
-        while True:
-            store.check(["done/0"])
-            time.sleep(0.01)
-    except RuntimeError:  # it is gone
-        return
+    # A connection of our own: torch prints pages when it finds one of its closed.
+    address = server_of(store)
+    assert address is not None, "links.meet returns no store of another kind"
+    with suppress(OSError), socket.create_connection(address) as connection:
+        store.set(f"done/{rank}", "")
+        connection.recv(1)  # nothing is sent: it returns when it is closed
 
 
 def _become(words: Sequence[str]) -> None:
