@@ -30,7 +30,7 @@ STATUS = {"kill": 137, "segfault": 139, "abort": 134, "os_exit": 3, "forward": 1
 
 SCRIPT = Path(__file__).with_name("dying.py")
 LIMIT_SECONDS = 5.0
-MARK = "ACCELERATE_TEST_RUN"
+MARK = "TEST_RUN_OF_ACCELERATE"
 
 
 @dataclass(frozen=True)
