@@ -20,7 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.rendezvous import RendezvousError, rendezvous_handler_registry
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ..core.errors import AccelerateError, LaunchError, explain
+from ..core.errors import LaunchError, explain
 from ..core.last_words import NOTE_FILE_VARIABLE
 from ..core.leaving import NOTE_VARIABLE
 from ..settings import env, variables
@@ -107,7 +107,7 @@ def _start(
                 elastic_launch(config, entry)(*arguments)
             watched.ended_well = True
         except OSError as error:
-            if isinstance(entry, str) and error.filename in (entry, None) and not isinstance(error, AccelerateError):
+            if isinstance(entry, str) and error.filename == entry:
                 raise not_started(plan, error) from error
             raise
         except ChildFailedError:

@@ -69,6 +69,7 @@ class _Child:
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.received: int | None = None
+        self._was_asked_to_end = False
 
     def start(self, plan: LaunchPlan) -> int:
         """Run the script; return its exit code."""
@@ -79,7 +80,9 @@ class _Child:
 
     def receive(self, number: int, _frame: Any) -> None:
         """Handle a signal to this process. A second one that ends it ends the script now."""
-        again = self.received is not None and number not in HANDED_ON
+        ends = number not in HANDED_ON
+        again = ends and self._was_asked_to_end
+        self._was_asked_to_end |= ends
         self.received = number
         if again and self.process is not None:
             self.process.kill()

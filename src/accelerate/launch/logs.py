@@ -148,6 +148,8 @@ class Logs(LogsSpecs):
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         except OSError as error:
+            if self._kept is None:  # a folder of our own, which no flag has named
+                raise
             raise unusable_folder(f"log_dir={folder.parent}", f"{error.filename}: {error.strerror}") from None
         return file
 

@@ -38,7 +38,8 @@ def port(environ: Mapping[str, str], default: int = 29500, *, is_alone: bool = F
         SettingError: (a `ValueError`) if it is no port.
     """
     text = (environ.get("MASTER_PORT") or str(default)).strip()
-    if not text.isdecimal() or not (not is_alone) <= int(text) <= 65535:
+    least = 0 if is_alone else 1
+    if not text.isdecimal() or not least <= int(text) <= 65535:
         raise SettingError(
             explain(
                 f"MASTER_PORT={text!r:.80} in the environment is no port.",

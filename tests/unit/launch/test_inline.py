@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,6 +29,21 @@ def test_each_signal_on_which_a_run_may_save_itself_reaches_the_script(name):
     finally:
         signal.signal(signal.Signals[name], before)
     assert received == [signal.Signals[name]]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal")
+def test_a_signal_that_ends_nothing_does_not_make_the_next_one_the_second():
+    sent, killed = [], []
+    child = inline._Child()
+    child._send = sent.append
+    child.process = SimpleNamespace(kill=lambda: killed.append(True))
+
+    for number in (signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2):
+        child.receive(number, None)
+    assert (sent, killed) == ([signal.SIGUSR1, signal.SIGUSR1, signal.SIGTERM, signal.SIGUSR2], [])
+
+    child.receive(signal.SIGTERM, None)
+    assert killed == [True]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sends signals as people do there")
