@@ -18,7 +18,7 @@ from ..core.errors import AccelerateError
 from ..core.text import convert_bytes
 from ..core.versions import __version__
 from ..launch import machine, show
-from ..launch.plan import plan
+from ..launch.plan import among_visible, plan
 from ..launch.request import LaunchRequest
 from ..settings import config_file, env, origins, variables
 from .launching import about_unknown
@@ -72,7 +72,9 @@ def _explain(args: argparse.Namespace) -> dict[str, Any]:
     environ = env.read()
     file = config_file.find(args.config_file)
     request = LaunchRequest.merge({}, file, environ, script="")
-    described = show.describe(plan(request, machine.survey(request, environ)), request)
+    around = machine.survey(request, environ)
+    request = among_visible(request, around)
+    described = show.describe(plan(request, around), request)
     del described["command"]  # there is no script
     found = {
         "file": str(file.path) if file else None,

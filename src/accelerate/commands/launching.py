@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core.errors import AccelerateError, SettingError, explain
 from ..launch import machine, registry, torchrun
-from ..launch.plan import LaunchPlan, plan
+from ..launch.plan import LaunchPlan, among_visible, plan
 from ..launch.report import WorkersFailed
 from ..launch.request import FIELD_OF, LaunchRequest
 from ..settings import config_file, env, origins, variables
@@ -81,7 +81,9 @@ def prepared(args: argparse.Namespace) -> LaunchPlan | None:
     _check_form(args)
     request = request_from(args)
     registry.check_names(vars(request), request.origins)
-    planned = plan(request, machine.survey(request, environ))
+    found = machine.survey(request, environ)
+    request = among_visible(request, found)
+    planned = plan(request, found)
     told = variables.about_ignored(environ)
     notes = (*planned.notes, *_set_aside(args, request, planned, environ), *told, *about_unknown(environ))
     planned = replace(

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..core.errors import SettingError, explain
 from ..topology import Process, mpi, slurm, torchrun
-from ..topology.variables import check_rank, number
+from ..topology.variables import check_rank, number, port
 from . import deepspeed
 from .source import MACHINES, Source, over
 from .torchrun import from_environment
@@ -72,7 +72,7 @@ def _mpi(environ: Mapping[str, str]) -> Place | None:
     return _task(
         environ,
         launcher.name,
-        replace(place, address=f"{host}:{environ.get('MASTER_PORT', '29500')}"),
+        replace(place, address=f"{host}:{port(environ)}"),
         is_node=place.local_world_size == 1 and nodes >= place.world_size,
         size=launcher.size,
         node=launcher.rank,

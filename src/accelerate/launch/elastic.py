@@ -262,6 +262,7 @@ def _logs(plan: LaunchPlan, prefix: str | None) -> LogsSpecs:
         )
     return Logs(
         log_dir=plan.log_dir,
+        described=plan.described_log_dir,
         redirects=redirects,
         tee=tee,
         shown=shown,

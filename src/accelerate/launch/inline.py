@@ -11,7 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 from ..core.errors import LaunchError, explain
@@ -64,12 +64,11 @@ _PASSED_ON = [signal.SIGINT, *map(signal.Signals.__getitem__, SIGNALS)]
 
 
 class _Child:
-    """The script's process, and the last signal that came for it."""
+    """The script's process, and the first signal that asked it to end."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.received: int | None = None
-        self._was_asked_to_end = False
 
     def start(self, plan: LaunchPlan) -> int:
         """Run the script; return its exit code."""
@@ -80,19 +79,36 @@ class _Child:
 
     def receive(self, number: int, _frame: Any) -> None:
         """Handle a signal to this process. A second one that ends it ends the script now."""
-        ends = number not in HANDED_ON
-        again = ends and self._was_asked_to_end
-        self._was_asked_to_end |= ends
-        self.received = number
-        if again and self.process is not None:
-            self.process.kill()
-        elif self.process is not None:
+        if number in HANDED_ON:
+            self._hand_on(number)
+        elif self.received is None:
+            self.received = number
             self._send(number)
+        else:
+            self._kill()
+
+    def _hand_on(self, number: int) -> None:
+        from .signals import handles
+
+        if self.process is not None and handles(self.process.pid, number):  # it would end one without a handler
+            self.process.send_signal(number)
 
     def _send(self, number: int) -> None:
         # Control-C in a terminal reaches the script by itself; twice would break off its cleaning up.
         if self.process is not None and not (number == signal.SIGINT and _owns_terminal()):
             self.process.send_signal(number)
+
+    def _kill(self) -> None:
+        """End the script, or mpirun, and what it has started here."""
+        import psutil
+
+        if self.process is None or self.process.poll() is not None:
+            return
+        started = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        for each in started:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
 
 
 @contextmanager

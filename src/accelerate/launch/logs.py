@@ -59,6 +59,7 @@ class Logs(LogsSpecs):
 
     Args:
         log_dir: Where logs are kept; without it they end with the run.
+        described: The same with its origin, for errors.
         redirects: Which streams go into files only.
         tee: Which go into files and to the terminal.
         shown: The ranks of this machine whose output the terminal gets; empty for all.
@@ -71,6 +72,7 @@ class Logs(LogsSpecs):
         self,
         *,
         log_dir: str | None = None,
+        described: str = "",
         redirects: Std | dict[int, Std] = Std.NONE,
         tee: Std | dict[int, Std] = Std.NONE,
         shown: Collection[int] = (),
@@ -81,6 +83,7 @@ class Logs(LogsSpecs):
         super().__init__(log_dir, redirects, tee, set(shown) or None)
         self.notes = Path()
         self._kept = None if log_dir is None else Path(log_dir)
+        self._described = described or f"log_dir={log_dir}"
         self.streams: dict[int, Streams] = {}
         self._wanted = (redirects, tee)
         self._shown = set(shown)
@@ -150,7 +153,7 @@ class Logs(LogsSpecs):
         except OSError as error:
             if self._kept is None:  # a folder of our own, which no flag has named
                 raise
-            raise unusable_folder(f"log_dir={folder.parent}", f"{error.filename}: {error.strerror}") from None
+            raise unusable_folder(self._described, f"{error.filename}: {error.strerror}") from None
         return file
 
     def later_name(self, file: Path) -> Path:

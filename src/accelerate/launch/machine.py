@@ -42,8 +42,8 @@ class Machine:
     """The address under which the other machines of the run see this one, if it can be told."""
     network: Mapping[str, str] = field(default_factory=dict)
     """Variables that lead gloo and NCCL to the network of the run, where they would take another one."""
-    visible: str = ""
-    """The devices that the environment shows, where they were looked for; empty if it does not say."""
+    visible: str | None = None
+    """The devices that the environment shows, where they were looked for; `None` if it does not say."""
     loopback: str | None = None
     """The interface that reaches this machine alone; `None` where the system has another way, or gloo's is chosen."""
     names_interface: bool = False
@@ -73,11 +73,14 @@ def survey(request: LaunchRequest, environ: Mapping[str, str]) -> Machine:
     far = request.num_machines > 1 and not by_other and request.main_process_ip
     route = network.route_to(request.main_process_ip or "", request.main_process_port or 0) if far else None
     many = request.num_processes not in (None, 1) or request.processes_per_machine is not None or asked
-    found = devices.find(environ) if wants_devices else None
+    # Devices that this run names need not be among those that the environment shows.
+    names_devices = request.gpu_ids is not None and request.is_for_this_run("gpu_ids")
+    around = {name: text for name, text in environ.items() if not (names_devices and name == devices.CUDA_VARIABLE)}
+    found = devices.find(around) if wants_devices else None
     return Machine(
         python=sys.executable,
         devices=found,
-        visible=environ.get(found.visible or "", "") if found else "",
+        visible=environ.get(found.visible) if found and found.visible and not names_devices else None,
         cores=physical_cores() if many or request.num_machines > 1 else 1,
         logical_cores=os.cpu_count() or 1,
         port_is_taken=_asks_for_port(request) and _port_is_taken(request),

@@ -117,7 +117,6 @@ def plan(request: LaunchRequest, machine: Machine) -> LaunchPlan:
         SettingError: (a `ValueError`) if the machine has not what the request needs.
         LaunchError: If the port that other machines will look for is taken.
     """
-    request = _with_visible_devices(request, machine)
     if request.gpu_ids is not None and machine.mpirun is None and machine.deepspeed is None:
         devices.check_ids(request.gpu_ids, request.describe("gpu_ids"), machine.devices)
     if request.place is not None and request.place.process is not None:
@@ -393,12 +392,14 @@ def _runs_on_cpu(request: LaunchRequest, machine: Machine, processes: int, notes
         return True
     here = processes // request.num_machines
     if request.gpu_ids is None and here > machine.devices.count:
+        shown = "" if machine.visible is None else f" ({machine.devices.visible}={machine.visible} in the environment)"
+        more = shown and f", show more of them in {machine.devices.visible}"
         raise SettingError(
             explain(
                 f"{request.describe('num_processes')} asks for {here} processes on this machine, which shows "
-                f"{machine.devices.count} {machine.devices.name} device(s).",
+                f"{machine.devices.count} {machine.devices.name} device(s){shown}.",
                 accepted="one process for each device",
-                remedy=f"Pass --num_processes {machine.devices.count * request.num_machines}, or --cpu.",
+                remedy=f"Pass --num_processes {machine.devices.count * request.num_machines}{more}, or --cpu.",
             )
         )
     return False
@@ -430,15 +431,16 @@ def _argv(request: LaunchRequest, machine: Machine, *, buffered: bool) -> tuple[
 _RUN_PATH = "import runpy, sys; sys.argv.pop(0); runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
-def _with_visible_devices(request: LaunchRequest, machine: Machine) -> LaunchRequest:
-    """Let a file pick devices among those that the environment shows, and none beside them."""
-    shown = [item.strip() for item in machine.visible.split(",")]
+def among_visible(request: LaunchRequest, machine: Machine) -> LaunchRequest:
+    """Let a file pick devices among those that the environment shows, and none beside them; to be done before `plan`."""
     picks = request.gpu_ids is not None and not request.is_for_this_run("gpu_ids")
-    if not (picks and machine.visible and machine.devices) or set(request.gpu_ids or ()) <= set(shown):
+    if not picks or machine.visible is None or machine.devices is None:
+        return request
+    if set(request.gpu_ids or ()) <= {item.strip() for item in machine.visible.split(",")}:
         return request
     note = (
         f"{request.describe('gpu_ids')} is left aside: {machine.devices.visible}={machine.visible} in the environment "
-        "shows other devices."
+        f"shows {'other' if machine.visible else 'no'} devices."
     )
     origins = {name: origin for name, origin in request.origins.items() if name != "gpu_ids"}
     return replace(request, gpu_ids=None, origins=origins, notes=(*request.notes, note))

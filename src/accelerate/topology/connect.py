@@ -243,7 +243,8 @@ def _find_first(process: Process, limit: timedelta) -> None:
     if process.rank == 0:
         network.wait_until_own(host, int(port), described, may_be_served=True)
     else:
-        speaker = "" if process.local_rank else f"accelerate, rank {process.rank}"  # one of each machine says it
+        # One of each machine says it; on that of rank 0, rank 1.
+        speaker = "" if process.local_rank and process.rank != 1 else f"accelerate, rank {process.rank}"
         network.wait_until_reachable(host, int(port), described, limit.total_seconds(), speaker=speaker)
 
 

@@ -200,6 +200,7 @@ def wait_until_own(host: str, port: int, described: str, *, may_be_served: bool 
             found = _Found(
                 f"port {port} cannot be listened on here: {os.strerror(error.errno or 0)}",
                 is_other=error.errno == errno.EADDRINUSE,
+                is_barred=error.errno == errno.EACCES,
             )
             if may_be_served and _listens(port):
                 return
@@ -207,7 +208,7 @@ def wait_until_own(host: str, port: int, described: str, *, may_be_served: bool 
             return
         seconds = time.monotonic() - began
         if seconds >= UNREACHABLE_SECONDS:
-            raise _leads_elsewhere(host, port, described, found.problem, round(seconds), found.is_other)
+            raise _leads_elsewhere(host, port, described, found, round(seconds))
         time.sleep(_PAUSE_SECONDS)
 
 
@@ -279,6 +280,8 @@ class _Found:
     """Whether nobody listens."""
     is_other: bool = False
     """Whether another program does."""
+    is_barred: bool = False
+    """Whether the system keeps the port for others."""
 
 
 def _attempt(host: str, port: int, until: float, server: socket.socket | None = None) -> _Found:
@@ -364,16 +367,18 @@ def _not_reached(
     )
 
 
-def _leads_elsewhere(host: str, port: int, described: str, problem: str, seconds: int, is_other: bool) -> LaunchError:
+def _leads_elsewhere(host: str, port: int, described: str, found: _Found, seconds: int) -> LaunchError:
     told = f" {described}." if described else ""
     remedy = "Correct the address on all machines, or start machine 0 where it leads."
-    if is_other:
+    if found.is_other:
         remedy = f"Look what listens here (`ss -ltnp`), and end it or choose another port than {port} on all machines."
+    elif found.is_barred:
+        remedy = "Choose a port of 1024 or more on all machines."
     own = ", ".join(address for items in _addresses().values() for address in items if not _is_loopback(address))
     return LaunchError(
         explain(
             f"This is machine 0, and {host}:{port}, where the others will look for it, does not lead here, tried for "
-            f"{seconds} s: {problem}.{told}",
+            f"{seconds} s: {found.problem}.{told}",
             accepted=f"an address or host name of this machine{own and f' ({own})'}, and a free port",
             remedy=remedy,
         )

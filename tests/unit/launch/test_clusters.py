@@ -441,6 +441,12 @@ def test_variables_that_torchrun_has_not_are_told():
     ]
 
 
+@pytest.mark.parametrize("place", [places.OPENMPI_TASK_PER_NODE, places.SLURM_TASK_PER_NODE], ids=["mpi", "slurm"])
+def test_a_port_that_is_none_is_refused_and_not_replaced(place):
+    with pytest.raises(SettingError, match="MASTER_PORT='29x' in the environment is no port"):
+        asked({**place, "MASTER_PORT": "29x"})
+
+
 def test_variables_of_torchrun_stand_beside_another_place():
     environ = {**places.SLURM_TASK_PER_NODE, "PET_NPROC_PER_NODE": "8", "PET_MAX_RESTARTS": "2"}
 

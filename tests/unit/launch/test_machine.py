@@ -61,6 +61,20 @@ def test_the_driver_is_asked_through_its_management_library(monkeypatch, status,
     assert devices.find({}) == all_of_them
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"), [({"gpu_ids": "0,1,2"}, (3, None)), ({"multi_gpu": True}, (0, ""))], ids=["named", "counted"]
+)
+def test_devices_that_a_flag_names_are_looked_for_beside_those_that_the_environment_shows(monkeypatch, flags, expected):
+    monkeypatch.setattr(devices, "torch_build", lambda: {"cuda": "13.0"})
+    monkeypatch.setattr(devices, "nvidia_count", lambda: 3)
+    request = LaunchRequest.merge(flags, None, {}, script="s")
+
+    found = machine.survey(request, {"CUDA_VISIBLE_DEVICES": ""})
+
+    assert found.devices is not None
+    assert (found.devices.count, found.visible) == expected
+
+
 def test_a_build_for_other_devices_is_asked_through_torch(monkeypatch):
     asked = devices.Devices(2, "xpu", "ZE_AFFINITY_MASK")
     monkeypatch.setattr(devices, "_ask_torch", lambda: asked)
@@ -119,11 +133,19 @@ def test_the_variables_of_a_rank_are_those_of_torchrun_not_of_mpi(environ, expec
 @pytest.mark.skipif(os.name != "posix", reason="a program of a kind that others do not have")
 def test_an_mpirun_that_does_not_answer_is_told_and_gets_no_terminal(tmp_path, monkeypatch):
     program, hosts = tmp_path / "mpirun", tmp_path / "hosts"
-    program.write_text("#!/bin/sh\nread line; exec sleep 600\n")
+    program.write_text(f"#!/bin/sh\nread line || touch {tmp_path}/end-of-input; exec sleep 600\n")
     program.chmod(0o755)
     hosts.write_text("a\n")
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    monkeypatch.setattr(mpirun, "_VERSION_SECONDS", 0.5)
-
-    with pytest.raises(LaunchError, match=r"mpirun, which cannot be run: no answer within 0\.5 s"):
-        mpirun.find(str(hosts), "mpirun_hostfile=hosts (from --mpirun_hostfile)")
+    monkeypatch.setattr(mpirun, "_VERSION_SECONDS", 2)
+    reading, writing = os.pipe()  # a terminal at which nobody types
+    before = os.dup(0)
+    os.dup2(reading, 0)
+    try:
+        with pytest.raises(LaunchError, match="mpirun, which cannot be run: no answer within 2 s"):
+            mpirun.find(str(hosts), "mpirun_hostfile=hosts (from --mpirun_hostfile)")
+    finally:
+        os.dup2(before, 0)
+        for number in (reading, writing, before):
+            os.close(number)
+    assert (tmp_path / "end-of-input").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import socket
 import subprocess
@@ -129,6 +130,8 @@ def test_another_program_at_this_machine_by_its_short_name_is_told_too(monkeypat
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"localhost:{server.getsockname()[1]}"
         parameters = RendezvousParameters("c10d", endpoint, "run", 2, 2, **numbered)
+        # Torch's own would not come back.
+        monkeypatch.setattr(rendezvous, "create_backend", lambda parameters: pytest.fail("nothing was told"))
         with pytest.raises(LaunchError, match="another program answers there, and says nothing"):
             rendezvous._create_changing(parameters)
 
@@ -194,6 +197,18 @@ def test_a_store_of_this_process_may_be_at_the_address_already(monkeypatch):
     network.wait_until_own("127.0.0.1", store.port, "", may_be_served=True)
     with pytest.raises(LaunchError, match="cannot be listened on here"):
         network.wait_until_own("127.0.0.1", store.port, "")
+
+
+def test_a_port_that_is_not_for_this_user_is_told(monkeypatch):
+    def refuse(port):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(network, "UNREACHABLE_SECONDS", 0)
+    monkeypatch.setattr(network, "_listening", refuse)
+    with pytest.raises(
+        LaunchError, match="port 80 cannot be listened on here: Perm.*\n.*\n.*Choose a port of 1024 or more"
+    ):
+        network.wait_until_own("127.0.0.1", 80, "")
 
 
 def test_an_address_of_the_first_machine_that_leads_elsewhere_is_told(monkeypatch):

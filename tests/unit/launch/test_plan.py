@@ -13,7 +13,7 @@ from accelerate.launch import elastic, mpirun, show
 from accelerate.launch.devices import Devices
 from accelerate.launch.machine import Machine
 from accelerate.launch.mpirun import Program
-from accelerate.launch.plan import LaunchPlan, plan
+from accelerate.launch.plan import LaunchPlan, among_visible, plan
 from accelerate.launch.request import OF_AGENT, LaunchRequest
 from accelerate.settings import config_file
 from tests.support import places
@@ -530,7 +530,14 @@ def test_devices_that_a_file_names_are_told_to_be_of_no_use_to_cpus(tmp_path):
 
 @pytest.mark.parametrize(
     ("shown", "named", "chosen"),
-    [("", "0,1", "0,1"), ("2,3", "0,1", None), ("0,1,2,3", "2,3", "2,3"), ("2, 3", "3,2", "3,2"), ("3", "0,1", None)],
+    [
+        (None, "0,1", "0,1"),
+        ("", "0,1", None),
+        ("2,3", "0,1", None),
+        ("0,1,2,3", "2,3", "2,3"),
+        ("2, 3", "3,2", "3,2"),
+        ("3", "0,1", None),
+    ],
 )
 @pytest.mark.parametrize("place", [{}, {**places.SLURM_TASK_PER_PROCESS}], ids=["alone", "slurm"])
 def test_a_file_picks_devices_among_those_that_the_environment_shows(tmp_path, shown, named, chosen, place):
@@ -539,13 +546,30 @@ def test_a_file_picks_devices_among_those_that_the_environment_shows(tmp_path, s
     machine = Machine("python", devices=Devices(1, "cuda", "CUDA_VISIBLE_DEVICES"), visible=shown)
     request = LaunchRequest.merge({}, config_file.read(file), place, script="train.py")
 
+    request = among_visible(request, machine)
     found = plan(request, machine)
 
     note = f"gpu_ids={named} (from gpu_ids in {file}, line 2) is left aside: CUDA_VISIBLE_DEVICES={shown} in the environment"
     assert found.env.get("CUDA_VISIBLE_DEVICES") == chosen
     assert any(text.startswith(note) for text in found.notes) is (chosen is None)
     flag = LaunchRequest.merge({"gpu_ids": named}, None, place, script="train.py")
-    assert plan(flag, machine).env["CUDA_VISIBLE_DEVICES"] == named, "a flag comes before the environment"
+    assert among_visible(flag, machine) is flag, "a flag comes before the environment"
+    assert plan(flag, machine).env["CUDA_VISIBLE_DEVICES"] == named
+
+
+def test_too_many_processes_for_the_devices_shown_are_told_with_what_shows_them(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("distributed_type: MULTI_GPU\ngpu_ids: 0,1,2,3\nnum_processes: 4\n")
+    machine = Machine("python", devices=Devices(1, "cuda", "CUDA_VISIBLE_DEVICES"), visible="0")
+    request = among_visible(LaunchRequest.merge({}, config_file.read(file), {}, script="train.py"), machine)
+
+    with pytest.raises(
+        SettingError,
+        match=r"shows 1 cuda device\(s\) \(CUDA_VISIBLE_DEVICES=0 in the env.*\n.*\n.*show more of them in CUDA_",
+    ):
+        plan(request, machine)
+    with pytest.raises(SettingError, match=r"shows 1 cuda device\(s\)\.\n.*\n.*Pass --num_processes 1, or --cpu"):
+        plan(request, replace(machine, visible=None))
 
 
 def test_one_device_is_told_where_a_file_asks_for_several(tmp_path):

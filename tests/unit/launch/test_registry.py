@@ -80,7 +80,7 @@ def test_a_folder_for_one_rank_that_cannot_be_made_is_named(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.py").touch()
 
-    with pytest.raises(SettingError, match=r"^log_dir=.*logs cannot be used: .*rank_0: File exists\."):
+    with pytest.raises(SettingError, match=r"^log_dir=logs \(from --log_dir\) cannot be used: .*rank_0: File exists\."):
         launch_command(launch_command_parser().parse_args(["--cpu", "-n", "2", "--log_dir", "logs", "s.py"]))
 
 

@@ -111,6 +111,7 @@ def test_the_first_rank_is_looked_for_before_torch_looks(dist):
     with env.applied({"MASTER_ADDR": "node-b"}):
         connect.connect(replace(PLACED, rank=0), backend="gloo")
         connect.connect(replace(PLACED, rank=2, local_rank=0), backend="gloo")
+        connect.connect(replace(PLACED, rank=1), backend="gloo")
 
     slurm, named = (
         "The address comes from the variables of slurm",
@@ -120,6 +121,7 @@ def test_the_first_rank_is_looked_for_before_torch_looks(dist):
         ("wait_until_reachable", "node-a", 29600, slurm, 5.0, {"speaker": ""}),
         ("wait_until_own", "node-a", 29600, named, {"may_be_served": True}),
         ("wait_until_reachable", "node-a", 29600, named, 1800.0, {"speaker": "accelerate, rank 2"}),
+        ("wait_until_reachable", "node-a", 29600, named, 1800.0, {"speaker": "accelerate, rank 1"}),
     ]
 
 
