@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
+import sys
 from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
 
+from accelerate.commands import accelerate_cli
 from accelerate.core.errors import LaunchError, SettingError
-from accelerate.launch import elastic, mpirun, show
+from accelerate.launch import devices, elastic, mpirun, show
 from accelerate.launch.devices import Devices
 from accelerate.launch.machine import Machine
 from accelerate.launch.mpirun import Program
@@ -555,6 +558,26 @@ def test_a_file_picks_devices_among_those_that_the_environment_shows(tmp_path, s
     flag = LaunchRequest.merge({"gpu_ids": named}, None, place, script="train.py")
     assert among_visible(flag, machine) is flag, "a flag comes before the environment"
     assert plan(flag, machine).env["CUDA_VISIBLE_DEVICES"] == named
+
+
+@pytest.mark.parametrize(
+    "command", ["launch --dry-run --json --config_file c.yaml s.py", "env --explain --json --config_file c.yaml"]
+)
+def test_commands_show_devices_of_a_file_as_left_aside(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.py").touch()
+    (tmp_path / "c.yaml").write_text("distributed_type: MULTI_GPU\ngpu_ids: '0,1'\n")
+    monkeypatch.setattr(devices, "find", lambda environ: Devices(2, "cuda", "CUDA_VISIBLE_DEVICES"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setattr(sys, "argv", ["accelerate", *command.split()])
+
+    accelerate_cli.main()
+    shown = json.loads(capsys.readouterr().out)
+
+    assert "CUDA_VISIBLE_DEVICES" not in shown["environment"]
+    assert shown["settings"]["gpu_ids"]["value"] is None
+    assert shown["processes"] | {"total": 2, "source": "one for each device that is visible"} == shown["processes"]
+    assert any("is left aside: CUDA_VISIBLE_DEVICES=2,3 in" in note for note in shown["notes"])
 
 
 def test_too_many_processes_for_the_devices_shown_are_told_with_what_shows_them(tmp_path):
