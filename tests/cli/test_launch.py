@@ -557,6 +557,7 @@ def test_the_launcher_waits_for_the_word_of_a_rank_that_others_have_named(place)
         (["--config_file", "none.yaml", "show.py"], "The configuration file none.yaml does not exist."),
         ([], "the following arguments are required: SCRIPT\n"),
         (["--no_python", "./show.py"], "'./show.py' cannot be run: it is not an executable file"),
+        (["--no_python", "show.py"], "'show.py' is not on the PATH (the program after --no_python)."),
         (["--cpu", "-n", "2", "--tee", "9", "show.py"], "tee='9' (from --tee) names no streams."),
     ],
 )

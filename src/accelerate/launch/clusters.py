@@ -525,19 +525,21 @@ def _totals(source: Source, nodes: int) -> Source:
 def _for_flag(written: Source, asked: Source) -> tuple[Source, list[str]]:
     """Read a file as `_spread` does where a flag says how many machines there are, and say so."""
     found = over(written, asked)
-    if "num_machines" not in asked or found.get("num_processes") != written.get("num_processes", ()):
+    here_only, origin_of_it = asked.get("standalone", (False, ""))
+    count = (1, origin_of_it) if here_only else asked.get("num_machines")
+    if count is None or found.get("num_processes") != written.get("num_processes", ()):
         return written, []
     names = {name: value for name, (value, _) in found.items()}
     if "mpirun_hostfile" in names or deepspeed.asked_by(names):
         return written, []  # one program starts, and counts, the processes of all machines
-    spread = _spread(written, asked["num_machines"][0])
+    spread = _spread(written, count[0])
     if spread is written:
         return written, []
     total, origin = written["num_processes"]
     machines, of_file = written.get("num_machines", (1, ""))[0], spread["processes_per_machine"]
     note = (
         f"num_processes={total} ({origin}) stands in a file for {machines} machine(s): {of_file[0]} on each of the "
-        f"{asked['num_machines'][0]} machines ({asked['num_machines'][1]})."
+        f"{count[0]} machine(s) ({count[1]})."
     )
     return spread, [note]
 

@@ -251,7 +251,7 @@ def test_a_shell_or_batch_script_of_slurm_is_no_job_and_is_told_of_the_other_nod
 
 def test_the_other_nodes_are_not_told_of_where_several_machines_are_asked_for(tmp_path):
     file = tmp_path / "c.yaml"
-    file.write_text("distributed_type: MULTI_CPU\nnum_machines: 2\nmachine_rank: 1\nmain_process_ip: h\n")
+    file.write_text("distributed_type: MULTI_CPU\nnum_machines: 2\nmachine_rank: 0\nmain_process_ip: h\n")
 
     for request in (
         asked(places.SLURM_BATCH, file=config_file.read(file)),
@@ -523,9 +523,25 @@ def test_a_file_for_one_machine_speaks_for_each_of_those_that_a_flag_counts(tmp_
     assert request.origin("num_processes").endswith("line 2, for each of 2 machines")
     assert request.notes == (
         f"num_processes=4 (from num_processes in {file.path}, line 2) stands in a file for 1 machine(s): 4 on each of the "
-        "2 machines (from --num_machines).",
+        "2 machine(s) (from --num_machines).",
     )
     assert (asked({}, {**flags, "num_processes": 2}, file).num_processes, asked({}, flags).notes) == (2, ())
+
+
+def test_a_file_for_several_machines_has_its_share_started_where_a_flag_wants_this_one_alone(tmp_path):
+    file = written(
+        tmp_path,
+        "distributed_type: MULTI_GPU\nnum_processes: 4\nnum_machines: 2\nmachine_rank: 0\nmain_process_ip: a\n",
+    )
+
+    for flags, origin in (({"standalone": True}, "--standalone"), ({"num_machines": 1}, "--num_machines")):
+        request = asked({}, flags, file)
+        assert (request.num_processes, request.num_machines) == (2, 1)
+        assert request.notes == (
+            f"num_processes=4 (from num_processes in {file.path}, line 2) stands in a file for 2 machine(s): 2 on each of "
+            f"the 1 machine(s) (from {origin}).",
+        )
+    assert asked({}, {"standalone": True, "num_processes": 4}, file).notes == ()
 
 
 def test_the_file_of_config_default_stands_in_the_way_of_no_flag(tmp_path):
