@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from accelerate.launch import signals
 
 from .rank_death import ROWS, Row, carry_out, environment, marked
 
@@ -150,6 +153,7 @@ def test_a_signal_is_passed_on_and_the_second_one_stops_at_once(tmp_path, launch
     launch.process.send_signal(sent)
     launch.until(lambda: len(list(tmp_path.glob("signal_*"))) == 2)
     assert launch.process.poll() is None, "the ranks have time to end"
+    time.sleep(signals.ECHO_SECONDS)
     launch.process.send_signal(signal.SIGINT)
     status, errors = launch.ended()
 
@@ -158,6 +162,65 @@ def test_a_signal_is_passed_on_and_the_second_one_stops_at_once(tmp_path, launch
     assert {file.read_text() for file in tmp_path.glob("signal_*")} == {f"{sent.name}\n"}
     assert launch.left() == []
     assert list(tmp_path.glob("accelerate-launch-*")) == []
+
+
+SAVES = """
+def save(number, frame):
+    say(number, frame)
+    time.sleep(1)
+    open(f"saved_{os.environ['RANK']}", "w").close()
+    sys.exit(0)
+signal.signal(signal.SIGHUP, save)
+"""
+
+
+def test_a_connection_that_breaks_leaves_ranks_the_time_to_save(tmp_path):
+    """The shell tells its jobs, and ends; then the system tells whoever is in the foreground."""
+    import pty
+
+    words = [sys.executable, "-m", "accelerate", "launch", "--cpu", "--num_processes", "2", "script.py"]
+    (tmp_path / "script.py").write_text(RANKS + SAVES + WAIT)
+    mark = uuid.uuid4().hex
+    shell, terminal = pty.fork()
+    if shell == 0:
+        os.chdir(tmp_path)
+        os.execvpe("bash", ["bash", "--norc", "-i"], {**environment(mark), "TMPDIR": str(tmp_path)})
+    try:
+        os.write(terminal, f"{shlex.join(words)}\n".encode())
+        wait_for(lambda: len(list(tmp_path.glob("ready_*"))) == 2)
+        os.close(terminal)
+        wait_for(lambda: not [process for process in marked(mark) if process.pid != os.getpid()])
+    finally:
+        for process in marked(mark):
+            if process.pid != os.getpid():
+                process.kill()
+        os.waitpid(shell, 0)
+
+    assert len(list(tmp_path.glob("saved_*"))) == 2
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("gap_seconds", [0.0005, 0.005])
+def test_a_signal_that_comes_twice_is_one_wish(tmp_path, launches, sent, gap_seconds):
+    launch = Launch(tmp_path, RANKS + SAVES.replace("SIGHUP", sent.name) + WAIT)
+    launches.append(launch)
+    launch.ready()
+
+    launch.process.send_signal(sent)
+    time.sleep(gap_seconds)
+    launch.process.send_signal(sent)
+    status, errors = launch.ended()
+
+    assert status == 128 + sent
+    assert errors == f"accelerate: the launcher received {sent.name} and ended the workers\n"
+    assert len(list(tmp_path.glob("saved_*"))) == 2
 
 
 @pytest.mark.full

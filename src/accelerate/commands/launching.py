@@ -207,7 +207,7 @@ def _check_script(request: LaunchRequest) -> None:
             )
         )
     what = "a program on the PATH, or the path of one" if request.no_python else "the path of a Python file"
-    if there:  # a name without a folder is looked for on the PATH alone, as shells do
+    if os.path.isfile(request.script):  # a name without a folder is looked for on the PATH alone, as shells do
         raise SettingError(
             explain(
                 f"{request.script!r} is not on the PATH (the program after --no_python).",

@@ -153,7 +153,7 @@ def _watched(plan: LaunchPlan, config: LaunchConfig, folder: Path) -> Iterator[R
             with watching(found):
                 yield found
         finally:
-            with signals.second_one(lambda: None):  # nothing stops this any more; it takes seconds at most
+            with signals.second_one(lambda: None, found.asked):  # nothing stops this any more; it takes seconds at most
                 if not found.ended_well:
                     family.end(LEFT_GRACE_SECONDS)
                 logs.finish()

@@ -19,6 +19,7 @@ from ..core.last_words import LAUNCHER_VARIABLE
 from ..core.leaving import NOTE_VARIABLE, PREEMPTED_STATUS
 from ..settings import env
 from ..settings.preemption import SIGNALS
+from . import signals
 from .plan import LaunchPlan
 from .report import RunPreempted, WorkersFailed
 
@@ -69,6 +70,7 @@ class _Child:
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
         self.received: int | None = None
+        self._asked = signals.Asked()
 
     def start(self, plan: LaunchPlan) -> int:
         """Run the script; return its exit code."""
@@ -81,6 +83,8 @@ class _Child:
         """Handle a signal to this process. A second one that ends it ends the script now."""
         if number in HANDED_ON:
             self._hand_on(number)
+        elif not self._asked.counts(number):
+            return
         elif self.received is None:
             self.received = number
             self._send(number)
@@ -88,9 +92,8 @@ class _Child:
             self._kill()
 
     def _hand_on(self, number: int) -> None:
-        from .signals import handles
-
-        if self.process is not None and handles(self.process.pid, number):  # it would end one without a handler
+        # It would end a script without a handler.
+        if self.process is not None and signals.handles(self.process.pid, number):
             self.process.send_signal(number)
 
     def _send(self, number: int) -> None:
@@ -102,12 +105,14 @@ class _Child:
         """End the script, or mpirun, and what it has started here."""
         import psutil
 
-        if self.process is None or self.process.poll() is not None:
+        if self.process is None:
             return
-        started = psutil.Process(self.process.pid).children(recursive=True)
+        started: list[psutil.Process] = []
+        with suppress(psutil.Error):  # it has just ended
+            started = psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
         for each in started:
-            with suppress(psutil.NoSuchProcess):
+            with suppress(psutil.Error):  # it has ended too, or is somebody else's, as with sudo
                 each.kill()
 
 

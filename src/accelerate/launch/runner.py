@@ -81,7 +81,9 @@ def _watched(runner: _Runner, folder: Path, variables: dict[str, str]) -> int:
                 status = runner.wait()
             well = status == 0
         finally:
-            with signals.second_one(lambda: None):  # nothing stops this any more; it takes seconds at most
+            with signals.second_one(
+                lambda: None, runner.asked
+            ):  # nothing stops this any more; it takes seconds at most
                 if not well:  # what a script that ended well left running goes on
                     runner.family.end(_LEFT_GRACE_SECONDS)
     return status
@@ -92,6 +94,7 @@ class _Runner:
 
     def __init__(self, plan: LaunchPlan, family: Family) -> None:
         self.plan, self.family = plan, family
+        self.asked = signals.Asked()
         self.received: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._patience = threading.Timer(GRACE_SECONDS, self._stop)
@@ -127,6 +130,8 @@ class _Runner:
     def _receive(self, number: int, _frame: Any) -> None:
         if number in inline.HANDED_ON:
             send([pid for pid in self.family.members() if signals.handles(pid, number)], number, groups=False)
+        elif not self.asked.counts(number):
+            return
         elif self.received is not None:
             self._stop()
         else:

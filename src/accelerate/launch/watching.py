@@ -29,7 +29,7 @@ from .family import Family, send
 from .guard import Guard
 from .logs import Logs
 from .report import Failure
-from .signals import second_one
+from .signals import Asked, second_one
 from .tidings import Tidings, answers
 
 CAUSE_PATIENCE_SECONDS = 2.0
@@ -76,6 +76,7 @@ class Run:
         self.is_cut_off = False
         """Whether the machine where the others meet had gone when ranks failed here."""
         self.ended_well = False
+        self.asked = Asked()
         self.ranks: dict[int, int] = {}
         """Local rank -> rank."""
         self.pids: dict[int, int] = {}
@@ -102,6 +103,7 @@ class WatchingAgent(_Agent):
         self._undecided_since: float | None = None
         self._good_end: RunResult | None = None
         pids = super()._start_workers(worker_group)
+        run.asked.keep_echoes_away()  # torch has just set its handlers
         run.ranks = {worker.local_rank: worker.global_rank for worker in worker_group.workers}
         run.pids, run.world_size = pids, worker_group.workers[0].world_size
         run.family.add(pids.values())
@@ -248,7 +250,7 @@ class WatchingAgent(_Agent):
             return
         self.run_.endings.ended_by_us |= running.keys()
         deadline = time.monotonic() + seconds
-        with second_one(lambda: send(running.values(), signal.SIGKILL)):
+        with second_one(lambda: send(running.values(), signal.SIGKILL), self.run_.asked):
             send(running.values(), number, groups=self._asks_groups())
             while (left := _running(running.values())) and time.monotonic() < deadline:
                 time.sleep(0.02)

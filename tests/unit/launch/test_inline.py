@@ -9,11 +9,12 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 import pytest
 
-from accelerate.launch import inline
+from accelerate.launch import inline, signals
 from accelerate.launch.plan import LaunchPlan
 from accelerate.launch.report import WorkersFailed
 from accelerate.settings.preemption import SIGNALS
@@ -34,7 +35,8 @@ def test_each_signal_on_which_a_run_may_save_itself_reaches_the_script(name):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal")
-def test_a_signal_that_ends_nothing_does_not_make_the_next_one_the_second():
+def test_a_signal_that_ends_nothing_does_not_make_the_next_one_the_second(monkeypatch):
+    monkeypatch.setattr(signals, "ECHO_SECONDS", 0)
     sent, killed = [], []
     child = inline._Child()
     child._hand_on = child._send = sent.append
@@ -71,15 +73,23 @@ def signalled(folder, *numbers) -> Iterator[None]:
             time.sleep(0.5)
         (folder / "go").touch()
 
+    # What comes after the script, because something is wrong, does not end the tests.
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     sender = threading.Thread(target=send)
     sender.start()
-    yield
-    sender.join()
+    try:
+        yield
+    finally:
+        sender.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="no such signal")
 @pytest.mark.parametrize("first", ["", "signal.signal(signal.SIGUSR1, lambda *_: print('heard', flush=True))"])
 def test_a_run_goes_on_after_a_signal_that_ends_nothing(tmp_path, monkeypatch, capfd, first):
+    if not first and not Path("/proc/self/status").exists():
+        pytest.skip("this system does not say which signals a process handles")
     monkeypatch.chdir(tmp_path)
     with signalled(tmp_path, signal.SIGUSR1):
         inline.run(LaunchPlan(kind="inline", argv=(sys.executable, "-c", SIGNALLED.format(first=first)), env={}))
