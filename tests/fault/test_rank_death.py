@@ -183,8 +183,12 @@ def test_a_connection_that_breaks_leaves_ranks_the_time_to_save(tmp_path):
     mark = uuid.uuid4().hex
     shell, terminal = pty.fork()
     if shell == 0:
-        os.chdir(tmp_path)
-        os.execvpe("bash", ["bash", "--norc", "-i"], {**environment(mark), "TMPDIR": str(tmp_path)})
+        try:
+            os.chdir(tmp_path)
+            environ = {**environment(mark), "TMPDIR": str(tmp_path), "HISTFILE": "/dev/null"}
+            os.execvpe("bash", ["bash", "--norc", "-i"], environ)
+        finally:
+            os._exit(127)
     try:
         os.write(terminal, f"{shlex.join(words)}\n".encode())
         wait_for(lambda: len(list(tmp_path.glob("ready_*"))) == 2)
@@ -206,20 +210,20 @@ def wait_for(condition) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGTERM])
-@pytest.mark.parametrize("gap_seconds", [0.0005, 0.005])
-def test_a_signal_that_comes_twice_is_one_wish(tmp_path, launches, sent, gap_seconds):
-    launch = Launch(tmp_path, RANKS + SAVES.replace("SIGHUP", sent.name) + WAIT)
+# Other signals are one wish within ECHO_SECONDS only, which a busy machine may exceed: see test_signals.py.
+@pytest.mark.parametrize("gap_seconds", [0.0005, 0.005, 0.3])
+def test_a_hangup_that_is_told_twice_is_one_wish(tmp_path, launches, gap_seconds):
+    launch = Launch(tmp_path, RANKS + SAVES + WAIT)
     launches.append(launch)
     launch.ready()
 
-    launch.process.send_signal(sent)
+    launch.process.send_signal(signal.SIGHUP)
     time.sleep(gap_seconds)
-    launch.process.send_signal(sent)
+    launch.process.send_signal(signal.SIGHUP)
     status, errors = launch.ended()
 
-    assert status == 128 + sent
-    assert errors == f"accelerate: the launcher received {sent.name} and ended the workers\n"
+    assert status == 128 + signal.SIGHUP
+    assert errors == "accelerate: the launcher received SIGHUP and ended the workers\n"
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 

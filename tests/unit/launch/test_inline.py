@@ -74,7 +74,7 @@ def signalled(folder, *numbers) -> Iterator[None]:
         (folder / "go").touch()
 
     # What comes after the script, because something is wrong, does not end the tests.
-    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    before = {number: signal.signal(number, lambda *_: None) for number in set(numbers)}
     sender = threading.Thread(target=send)
     sender.start()
     try:
