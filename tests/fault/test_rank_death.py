@@ -227,6 +227,23 @@ def test_a_hangup_that_is_told_twice_is_one_wish(tmp_path, launches, gap_seconds
     assert len(list(tmp_path.glob("saved_*"))) == 2
 
 
+@pytest.mark.parametrize("sent", [signal.SIGHUP, signal.SIGTERM])
+def test_a_signal_while_a_failed_attempt_is_ended_is_heard_and_nothing_starts_again(tmp_path, launches, sent):
+    fails = "deaf()\nif os.environ['RANK'] == '0':\n    time.sleep(1)\n    sys.exit(3)\n"
+    launch = Launch(tmp_path, RANKS + fails + WAIT, "--max_restarts", "3")
+    launches.append(launch)
+    launch.until(lambda: (tmp_path / "signal_1").exists())  # rank 1 has been asked to end, and does not
+
+    launch.process.send_signal(sent)
+    status, errors = launch.ended()
+
+    assert status == 128 + sent
+    assert errors.splitlines()[-1] == f"accelerate: the launcher received {sent.name} and ended the workers"
+    assert "exited with code 3" in errors, "what had failed before is told too"
+    assert "starting again" not in errors
+    assert launch.left() == []
+
+
 @pytest.mark.full
 def test_control_c_shows_where_one_rank_was(tmp_path, launches):
     launch = Launch(tmp_path, f"import accelerate\n{RANKS}{WAIT}")

@@ -81,9 +81,8 @@ def _watched(runner: _Runner, folder: Path, variables: dict[str, str]) -> int:
                 status = runner.wait()
             well = status == 0
         finally:
-            with signals.second_one(
-                lambda: None, runner.asked
-            ):  # nothing stops this any more; it takes seconds at most
+            # Nothing stops this any more; it takes seconds at most.
+            with signals.second_one(lambda: None, runner.asked):
                 if not well:  # what a script that ended well left running goes on
                     runner.family.end(_LEFT_GRACE_SECONDS)
     return status

@@ -21,6 +21,7 @@ from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerState
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.launcher import api
 
@@ -91,6 +92,13 @@ class WatchingAgent(_Agent):
     """Torch's agent, ending failed runs as [Note: causes and consequences] has it."""
 
     run_: Run
+
+    def _initialize_workers(self, worker_group: Any) -> None:
+        # While the attempt before was ended, a signal only made that shorter.
+        if self.run_.asked.first is not None:
+            first = signal.Signals(self.run_.asked.first)
+            raise SignalException(f"The launcher received {first.name}", first)
+        super()._initialize_workers(worker_group)
 
     def _start_workers(self, worker_group: Any) -> dict[int, Any]:
         run = self.run_
@@ -227,7 +235,8 @@ class WatchingAgent(_Agent):
             run.logs.finish()
             said = judged(run, another_follows=True).shown(quiet=run.quiet)
             attempt = spec.max_restarts - self._remaining_restarts + 1
-            again = "" if run.quiet else f"accelerate: starting again: attempt {attempt} of {spec.max_restarts + 1}"
+            is_silent = run.quiet or run.asked.first is not None
+            again = "" if is_silent else f"accelerate: starting again: attempt {attempt} of {spec.max_restarts + 1}"
             with suppress(OSError):  # whoever read this may have gone; the run goes on
                 sys.stderr.write("".join(f"{text}\n" for text in (said, again) if text))
                 sys.stderr.flush()
